@@ -1,0 +1,111 @@
+"""GroupNorm: nn.GroupNorm with a group size instead of a count, a fused activation, and half precision kept."""
+
+import torch
+from torch import Tensor, nn
+
+from normplug.layers._checks import check_channels
+from normplug.ops._common import check_act
+from normplug.ops.group_norm import group_norm
+
+__all__ = ["GroupNorm"]
+
+
+class _Default(int):
+    """An int that is told by identity: 32 because nobody chose differently, not 32 because somebody did."""
+
+
+DEFAULT_GROUPS = _Default(32)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization, optionally followed by an activation.
+
+    y = act(weight * (x - mean) / sqrt(var + eps) + bias), mean and population variance over one sample's group
+    of neighbouring channels and all its positions. No running statistics: train and eval modes agree. The
+    state dict is that of ``nn.GroupNorm``; it does not hold the number of groups, so compare configs before
+    loading a checkpoint. Differs from ``nn.GroupNorm`` in keeping the input's dtype under autocast, in exact
+    channels-last statistics on CPU, and in returning ``bias`` for a group of a single value.
+
+    Args:
+        num_channels: Number of channels C.
+        num_groups: Number of groups G; 32 if neither size is named.
+        channels_per_group: Size of a group, C / G, instead of num_groups.
+        eps: Added to the variance, inside the root.
+        affine: Learn weight and bias per channel.
+        act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None.
+
+    Shape:
+        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Output: shape, dtype and memory format of the input.
+
+    Raises:
+        ValueError: If both sizes are given or both are None, the groups do not divide C, the activation is unknown, or axis 1
+            of the input is not C long.
+
+    Reference:
+        Y. Wu, K. He, "Group Normalization", ECCV 2018, arXiv 1803.08494, eq. 7.
+    """
+
+    _abbr_ = "gn"  # the attribute's name in a backbone (gn1): part of every published checkpoint
+    _name_ = "GN"
+    family = "group"
+    batch_statistics = False
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int | None = DEFAULT_GROUPS,
+        channels_per_group: int | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        act: str | None = None,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_act(act)
+        super().__init__(
+            choose_groups(type(self)._name_, num_channels, num_groups, channels_per_group),
+            num_channels,
+            eps,
+            affine,
+            device=device,
+            dtype=dtype,
+        )
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_channels(self, x, self.num_channels, "num_channels")
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.act, residual)
+
+    def extra_repr(self) -> str:
+        size = self.num_channels // self.num_groups
+        act = f", act={self.act!r}" if self.act else ""
+        return (
+            f"{self.num_channels}, num_groups={self.num_groups}, channels_per_group={size}, eps={self.eps}, "
+            f"affine={self.affine}{act}"
+        )
+
+
+def choose_groups(
+    name: str, num_channels: int, num_groups: int | None, channels_per_group: int | None
+) -> int:
+    """Return the number of groups that one of the two arguments asks for."""
+    if channels_per_group is not None and num_groups is DEFAULT_GROUPS:
+        num_groups = None
+    if (num_groups is None) == (channels_per_group is None):
+        raise ValueError(
+            f"{name} takes exactly one of num_groups and channels_per_group, but got num_groups={num_groups} and "
+            f"channels_per_group={channels_per_group}. Give one, for example num_groups=32."
+        )
+    by_size = num_groups is None
+    request = channels_per_group if by_size else num_groups
+    if request < 1 or num_channels % request:
+        divisors = [d for d in range(1, num_channels + 1) if num_channels % d == 0]
+        default = " (the default)" if num_groups is DEFAULT_GROUPS else ""
+        raise ValueError(
+            f"{name} with {num_channels} channels cannot have "
+            f"{'channels_per_group' if by_size else 'num_groups'}={request}{default}: it must divide "
+            f"{num_channels}. These do: {divisors}."
+        )
+    return int(num_channels // request if by_size else request)

@@ -1,0 +1,82 @@
+"""What every op needs: the dtype of its sums, dense inputs, views per channel, and the fused activations."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "acc_dtype", "activate", "activation_grad", "check_act", "dense", "per_channel"]
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of statistics and sums over x: float32, or float64 for a float64 x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x itself if it is contiguous or channels-last, else a copy that is one of the two."""
+    if x.is_contiguous() or is_channels_last(x):
+        return x
+    # A slice of a channels-last tensor stays channels-last: the layout follows the strides it has.
+    return x.clone(memory_format=torch.preserve_format).contiguous(memory_format=layout(x))
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Return the memory format that the strides of x are nearest to."""
+    if x.ndim in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1:
+        return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Tell whether x is dense with its channels innermost, and not contiguous at the same time."""
+    if x.ndim not in (4, 5) or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """View v (C,) so that it broadcasts along axis 1 of x (N, C, *)."""
+    return v.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _silu_grad(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _gelu_grad(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z * z) * 0.3989422804014327
+
+
+# name -> (function, derivative), both of the value before the activation
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (F.relu, lambda z: (z > 0).to(z.dtype)),
+    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype)),
+    "silu": (F.silu, _silu_grad),
+    "gelu": (F.gelu, _gelu_grad),
+}
+
+
+def check_act(act: str | None) -> None:
+    """Raise ValueError if act names no fused activation."""
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(
+            f"act={act!r} is no activation that a norm layer can apply. Use one of {sorted(ACTIVATIONS)}, or "
+            f"act=None and a separate activation module behind the layer."
+        )
+
+
+def activate(z: Tensor, act: str | None) -> Tensor:
+    """Return the activation of z, or z itself without one."""
+    return z if act is None else ACTIVATIONS[act][0](z)
+
+
+def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
+    """Return dy times the derivative of the activation at z."""
+    if act is None:
+        return dy
+    if act == "relu":  # by far the most common: no mask of z's size in floating point
+        return dy.masked_fill(z <= 0, 0)
+    return dy * ACTIVATIONS[act][1](z)

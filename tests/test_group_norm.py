@@ -1,0 +1,94 @@
+"""GroupNorm: sizes, errors, degenerate groups, residual, checkpoints of nn.GroupNorm, the op's schema."""
+
+import pytest
+import torch
+from cases import DEVICE
+from torch import nn
+
+from normplug.layers import GroupNorm
+from normplug.ops import group_norm
+
+
+def test_default_is_32_groups():
+    assert GroupNorm(64).num_groups == 32
+    assert GroupNorm(64, channels_per_group=16).num_groups == 4
+
+
+def test_errors_name_what_works():
+    with pytest.raises(ValueError, match=r"16 channels.*num_groups=32 \(the default\).*\[1, 2, 4, 8, 16\]"):
+        GroupNorm(16)
+    with pytest.raises(ValueError, match=r"channels_per_group=5.*\[1, 2, 4, 8, 16\]"):
+        GroupNorm(16, channels_per_group=5)
+    with pytest.raises(ValueError, match="exactly one of num_groups and channels_per_group"):
+        GroupNorm(64, num_groups=32, channels_per_group=2)
+    with pytest.raises(ValueError, match="exactly one of num_groups and channels_per_group"):
+        GroupNorm(64, num_groups=None)
+    with pytest.raises(ValueError, match="num_groups=0"):
+        GroupNorm(64, num_groups=0)
+    with pytest.raises(ValueError, match=r"'rleu'.*'relu'"):
+        GroupNorm(64, act="rleu")
+    with pytest.raises(ValueError, match="residual"):
+        GroupNorm(64)(torch.zeros(2, 64, 4, 4), torch.zeros(2, 64, 2, 2))
+    with pytest.raises(ValueError, match="divides 6"):
+        group_norm(torch.zeros(2, 6), 4)
+
+
+def test_stock_checkpoint_loads_both_ways():
+    stock, ours = nn.GroupNorm(8, 64), GroupNorm(64, 8)
+    nn.init.normal_(stock.weight)
+    assert ours.load_state_dict(stock.state_dict(), strict=True)
+    assert stock.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 64, 7, 7)
+    torch.testing.assert_close(ours(x), stock(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_large_mean(layout):
+    """Mean 1000, variance 1: what E[x²] - E[x]² in float32 gets wrong (torch's own channels-last CPU op does)."""
+    x = (1000 + torch.randn(2, 32, 16, 16)).to(DEVICE).to(memory_format=layout)
+    want = nn.functional.group_norm(x.double(), 8)
+    # x itself is rounded to 2**-14; the mean can be off by as much
+    torch.testing.assert_close(group_norm(x, 8).double(), want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_group_of_one_value_gives_the_bias(layout):
+    x = torch.randn(2, 6, 1, 1, device=DEVICE).to(memory_format=layout).requires_grad_()
+    weight, bias = torch.randn(6, device=DEVICE), torch.randn(6, device=DEVICE)
+    y = group_norm(x, 6, weight, bias)
+    torch.testing.assert_close(y, bias.view(1, 6, 1, 1).expand(2, -1, -1, -1), rtol=0, atol=0)
+    assert torch.autograd.grad(y.sum(), x)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_residual_and_activation_gradients(act, affine, layout):
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64, device=DEVICE)
+
+    x, residual = (tensor(2, 4, 3, 2).to(memory_format=layout).requires_grad_() for _ in range(2))
+    weight, bias = (tensor(4).requires_grad_() if affine else None for _ in range(2))
+
+    def op(x, weight, bias, residual):
+        return group_norm(x, 2, weight, bias, 1e-5, act, residual)
+
+    z = nn.functional.group_norm(x, 2, weight, bias) + residual
+    want = z if act is None else getattr(nn.functional, act)(z)
+    torch.testing.assert_close(op(x, weight, bias, residual), want)
+    assert torch.autograd.gradcheck(op, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_op_is_well_formed(act, with_residual, dtype, layout):
+    x = torch.randn(2, 6, 5, 7, device=DEVICE, dtype=dtype).to(memory_format=layout).requires_grad_()
+    residual = torch.randn_like(x).requires_grad_() if with_residual else None
+    weight, bias = (torch.randn(6, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+    op = torch.ops.normplug.group_norm.default
+    torch.library.opcheck(op, (x, 3, weight, bias, 1e-5, act, residual))
+    fake = op(x.to("meta"), 3, weight.to("meta"), bias.to("meta"), 1e-5, act, None)
+    real = op(x, 3, weight, bias, 1e-5, act, None)
+    assert [t.stride() for t in fake] == [t.stride() for t in real]  # opcheck looks at strides on CUDA only
