@@ -1,6 +1,5 @@
 """GroupNorm: nn.GroupNorm with a group size instead of a count, a fused activation, and half precision kept."""
 
-import torch
 from torch import Tensor, nn
 
 from normplug.layers._checks import check_channels
@@ -87,9 +86,7 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-def choose_groups(
-    name: str, num_channels: int, num_groups: int | None, channels_per_group: int | None
-) -> int:
+def choose_groups(name: str, num_channels: int, num_groups: int | None, channels_per_group: int | None) -> int:
     """Return the number of groups that one of the two arguments asks for."""
     if channels_per_group is not None and num_groups is DEFAULT_GROUPS:
         num_groups = None

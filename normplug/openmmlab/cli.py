@@ -1,0 +1,93 @@
+"""What tools/train.py and tools/test.py share: one set of flags and one way to a Runner for all toolkits."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+__all__ = ["build_runner", "config_parser", "load_config"]
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that training and testing have in common."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("config", type=Path, help="config file")
+    p.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/<name of the config>")
+    p.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help='settings that override the config, such as optim_wrapper.optimizer.lr=0.01 or key="[a,b]"',
+    )
+    p.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return p
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments name and apply those that every tool has.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If the config imports a package that is not installed.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if not args.config.is_file():
+        raise FileNotFoundError(f"There is no config {args.config}. Those of this project are under configs/.")
+    try:
+        cfg = Config.fromfile(args.config)
+    except (ImportError, ModuleNotFoundError) as error:
+        raise ModuleNotFoundError(
+            f"{args.config} needs a package that cannot be imported: {error}. For the OpenMMLab toolkits: "
+            f'pip install -e ".[openmmlab]"'
+        ) from error
+    cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
+    hooks = cfg.get("custom_hooks") or []
+    if not any(hook["type"] == "CheckpointNormHook" for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type="CheckpointNormHook")]
+    return cfg
+
+
+def use_amp(cfg: Config) -> None:
+    """Switch the config to automatic mixed precision with dynamic loss scaling.
+
+    Raises:
+        ValueError: If there is no GPU, or the config has an optimizer wrapper of its own kind.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("--amp needs a GPU and none is visible. Leave the flag out to train in float32.")
+    kind = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ValueError(
+            f"--amp replaces optim_wrapper.type='OptimWrapper', but this config has {kind!r}. Set mixed precision "
+            f"in the config itself."
+        )
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def scale_lr(cfg: Config) -> None:
+    """Have the learning rate follow the batch size, from the config's ``auto_scale_lr.base_batch_size``.
+
+    Raises:
+        ValueError: If the config does not say for which batch size its learning rate is meant.
+    """
+    if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
+        raise ValueError(
+            "--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config: the batch size, over all "
+            "GPUs, that its learning rate is meant for."
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Return the runner that the config asks for."""
+    return Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)

@@ -1,0 +1,31 @@
+"""What pyproject.toml cannot say: extras that leave an installed full mmcv alone.
+
+mmcv and mmcv-lite are two packages that write into one folder, `mmcv/`, and pip does not know it: installing the
+one over the other breaks both. So the extra `openmmlab` brings mmcv-lite only where there is no full mmcv.
+"""
+
+import sysconfig
+from importlib.metadata import distributions
+
+from setuptools import setup
+
+TOOLKITS = [
+    "mmdet==3.3.0",
+    "mmaction2==1.2.0",
+    "decord",
+    "matplotlib",
+    "scikit-learn",
+]
+TEST = ["pytest", "pytest-timeout", "hypothesis"]
+# With build isolation sys.path does not show the environment that is installed into; its folder is known all the same.
+site = sysconfig.get_path("purelib")
+has_full_mmcv = any((d.metadata["Name"] or "").lower() == "mmcv" for d in distributions(path=[site]))
+
+setup(
+    extras_require={
+        "openmmlab": TOOLKITS if has_full_mmcv else ["mmcv-lite==2.1.0", *TOOLKITS],
+        "toolkits": TOOLKITS,  # for installers that build elsewhere (uv): never brings an mmcv
+        "test": TEST,
+        "dev": [*TEST, "ruff", "mypy", "pre-commit"],
+    }
+)

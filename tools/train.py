@@ -1,0 +1,56 @@
+"""Train the model of a config: mmdet's, mmaction2's or any other mmengine toolkit's."""
+
+import argparse
+import sys
+
+import normplug  # noqa: F401  registers the layers, and lets the toolkits import
+from normplug.openmmlab.cli import build_runner, config_parser, load_config, scale_lr, use_amp
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = config_parser(__doc__)
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or without one from the latest in the work dir",
+    )
+    p.add_argument("--amp", action="store_true", help="automatic mixed precision (needs a GPU)")
+    p.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    p.add_argument("--no-validate", action="store_true", help="do not evaluate during training")
+    p.add_argument("--seed", type=int, help="random seed; default: the config's, else a random one")
+    p.add_argument("--diff-rank-seed", action="store_true", help="another seed on every rank")
+    p.add_argument("--deterministic", action="store_true", help="deterministic cuDNN algorithms")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        cfg = load_config(args)
+        if args.amp:
+            use_amp(cfg)
+        if args.auto_scale_lr:
+            scale_lr(cfg)
+    except (OSError, ImportError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == "auto" else args.resume
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    randomness = dict(cfg.get("randomness") or {})
+    if args.seed is not None:
+        randomness["seed"] = args.seed
+    for flag in ("diff_rank_seed", "deterministic"):
+        if getattr(args, flag):
+            randomness[flag] = True
+    cfg.randomness = randomness
+    build_runner(cfg).train()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
