@@ -1,5 +1,17 @@
 """What knows mmengine, mmcv, mmdet and mmaction2 beyond the registry."""
 
+__all__ = ["close_gaps"]
+
 
 def close_gaps() -> None:
-    """Make the toolkits' last releases run on today's torch."""
+    """Make the toolkits' last releases run on today's torch.
+
+    Four repairs: stand-ins for the compiled ``mmcv._ext`` and for mmaction2's missing ``drn``, checkpoints that
+    load with torch's safe unpickler, distributed training without an accelerator. Each acts only where its gap
+    exists and says so once in the log. Called by ``import normplug``; calling it again changes nothing.
+    """
+    from normplug.openmmlab import _stand_ins, checkpoints, distributed
+
+    _stand_ins.install()
+    checkpoints.install()
+    distributed.install()

@@ -1,0 +1,402 @@
+"""Checkpoints that are safe to load, and a check that a checkpoint has the model's kind of norm.
+
+torch 2.6 and newer unpickle with ``weights_only=True``: tensors, plain Python values, nothing else. What mmengine
+0.10.7 saves does not load that way, because its message hub pickles ``HistoryBuffer`` objects, numpy arrays and,
+for the buffers' methods, the builtin ``getattr``. The check stays on, always, and two things change:
+
+* What is saved: the message hub's histories become dicts of tensors, so plain ``torch.load`` reads a new checkpoint.
+* What is read: while mmengine loads, the names that stock mmengine writes resolve to stand-ins defined here.
+  The stand-ins take numbers and nothing else; neither ``getattr`` nor numpy's own unpickling code is reachable.
+"""
+
+import contextlib
+import functools
+import math
+import pickle
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+
+import mmengine.runner.checkpoint as mmengine_checkpoint
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.utils import apply_to
+from torch import Tensor, nn
+
+from normplug.openmmlab._stand_ins import tell
+
+__all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load"]
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint names classes or functions that are not loaded. Nothing in it was executed."""
+
+
+# ---- stand-ins for what stock mmengine pickles
+# An object of a stand-in is what its name in a checkpoint becomes. Its state comes from the file: believe nothing.
+
+_NUMBER = re.compile(r"[biuf][1-8]|f16|c8|c16")
+
+
+def _refuse(what: str):
+    raise pickle.UnpicklingError(what)
+
+
+class _StoredDtype:
+    """Takes the place of ``numpy.dtype``: a dtype of numbers, whatever its pickled flags and fields say."""
+
+    def __init__(self, name="?", align=False, copy=True):
+        if not isinstance(name, str) or not _NUMBER.fullmatch(name):
+            _refuse(f"numpy.dtype({name!r}), expected a dtype of numbers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        if isinstance(state, tuple) and len(state) > 1 and state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class _StoredArray:
+    """Takes the place of ``numpy.ndarray``; holds the array, which `_with_arrays` puts back in the end."""
+
+    array = None
+
+    def __setstate__(self, state):
+        match state:
+            case (_, tuple(shape), _StoredDtype(dtype=dtype), fortran, bytes(data)):
+                pass
+            case _:
+                _refuse("a numpy array of anything but numbers")
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            _refuse(f"a numpy array of shape {shape!r}")
+        if math.prod(shape) * dtype.itemsize != len(data):
+            _refuse(f"a numpy array of shape {shape} and dtype {dtype} in {len(data)} bytes")
+        # A copy, in native byte order: frombuffer gives a read-only view.
+        order = "F" if fortran else "C"
+        self.array = np.frombuffer(data, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="))
+
+
+def _stored_array(kind, shape, typecode):
+    """Takes the place of numpy's ``_reconstruct``: an array before its state."""
+    return _StoredArray() if kind is _StoredArray else _refuse(f"numpy's _reconstruct of {kind!r}")
+
+
+def _stored_scalar(dtype, data):
+    """Takes the place of numpy's ``scalar``."""
+    if (
+        not isinstance(dtype, _StoredDtype)
+        or not isinstance(data, bytes)
+        or len(data) != dtype.dtype.itemsize
+    ):
+        _refuse("a numpy scalar of anything but a number")
+    return np.frombuffer(data, dtype.dtype)[0]
+
+
+class _StoredHistory:
+    """Takes the place of ``HistoryBuffer``, and becomes one when its state proves to be two rows of numbers."""
+
+    min = max = current = mean = None  # what `_stored_method` may name
+
+    def __setstate__(self, state):
+        state = state if isinstance(state, dict) else {}
+        logs, counts = (state.get(name) for name in ("_log_history", "_count_history"))
+        length = state.get("max_length")
+        if not (isinstance(logs, _StoredArray) and isinstance(counts, _StoredArray) and type(length) is int):
+            _refuse("a HistoryBuffer without its two arrays and its length")
+        # Not the stored methods: those of the class, which is where mmengine looks them up.
+        self.__class__ = HistoryBuffer
+        vars(self).update(vars(_history(logs.array, counts.array, length)))
+
+
+def _history(logs: np.ndarray, counts: np.ndarray, max_length: int) -> HistoryBuffer:
+    if logs is None or counts is None or logs.ndim != 1 or logs.shape != counts.shape:
+        _refuse("a HistoryBuffer whose log and count differ in length")
+    buffer = HistoryBuffer(max_length=max_length)
+    buffer._log_history, buffer._count_history = logs, counts
+    return buffer
+
+
+def _stored_method(owner, name):
+    """Takes the place of the builtin ``getattr``, for the four methods that a stock history lists."""
+    if owner is not _StoredHistory or name not in ("min", "max", "current", "mean"):
+        _refuse(f"getattr(…, {name!r}), which gives access to code")
+    return name
+
+
+_NAMES = {
+    "builtins.getattr": _stored_method,
+    "mmengine.logging.history_buffer.HistoryBuffer": _StoredHistory,
+    "numpy.dtype": _StoredDtype,
+    "numpy.ndarray": _StoredArray,
+    # numpy 2 moved its internals; both names are in the checkpoints that people have
+    "numpy.core.multiarray._reconstruct": _stored_array,
+    "numpy._core.multiarray._reconstruct": _stored_array,
+    "numpy.core.multiarray.scalar": _stored_scalar,
+    "numpy._core.multiarray.scalar": _stored_scalar,
+}
+
+
+def _with_arrays(value, seen: set[int]):
+    """Return ``value`` with the stand-ins in its dicts, lists and tuples replaced by the real thing."""
+    if isinstance(value, _StoredArray):
+        return value.array
+    if isinstance(value, _StoredDtype):
+        return value.dtype
+    if isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))  # a file may hold a list that holds itself
+        if isinstance(value, tuple):
+            items = [_with_arrays(item, seen) for item in value]
+            return (
+                tuple(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
+            )
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            new = _with_arrays(item, seen)
+            if new is not item:
+                value[key] = new
+    return value
+
+
+# ---- loading
+
+_ALLOW_LIST = threading.RLock()  # torch's list of allowed names is one per process
+
+
+@contextlib.contextmanager
+def _stock_names() -> Iterator[None]:
+    """Let torch's safe unpickler resolve `_NAMES`, and what the user allowed, but no name twice."""
+    with _ALLOW_LIST:
+        allowed = torch.serialization.get_safe_globals()
+        try:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(
+                [entry for entry in allowed if _allowed_name(entry) not in _NAMES]
+                + [(stand_in, name) for name, stand_in in _NAMES.items()]
+            )
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(allowed)
+
+
+def _allowed_name(entry) -> str:
+    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+
+def load(file, map_location=None, **kwargs):
+    """``torch.load`` for checkpoints of mmengine: safe, and without complaints about mmengine's own classes.
+
+    Args:
+        file: Path or file object.
+        map_location: As in ``torch.load``.
+        **kwargs: As in ``torch.load``; ``weights_only`` may be given and is not obeyed.
+
+    Raises:
+        UnsafeCheckpointError: If the file names classes or functions other than those mmengine writes.
+    """
+    return _guarded(torch.load, file, file, map_location=map_location, **kwargs)
+
+
+def load_url(url: str, model_dir=None, map_location=None, progress=True, **kwargs):
+    """``torch.hub.load_state_dict_from_url`` in the same way; torch's own default there is the unsafe one."""
+    download = torch.hub.load_state_dict_from_url
+    return _guarded(
+        download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs
+    )
+
+
+def _guarded(loader, file, source, **kwargs):
+    with _stock_names():
+        try:
+            checkpoint = loader(source, **{**kwargs, "weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise UnsafeCheckpointError(_refusal(source, _foreign_names(file, error), error)) from error
+    return _with_arrays(checkpoint, set())
+
+
+def _foreign_names(file, error: Exception) -> list[str]:
+    found = re.findall(r"GLOBAL (\S+)", str(error))
+    with contextlib.suppress(
+        Exception
+    ):  # it knows zip files in protocol 2 only; the error names one in any case
+        if hasattr(file, "seek"):
+            file.seek(0)
+        found += torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    # torch's message drops "builtins."; its list does not
+    return sorted({name.removeprefix("builtins.") for name in found})
+
+
+def _refusal(source, foreign: list[str], error: Exception) -> str:
+    where = source if isinstance(source, str) else getattr(source, "name", type(source).__name__)
+    reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0].strip()
+    what = ", ".join(foreign) or reason
+    return (
+        f"The checkpoint {where} was refused, and nothing in it was executed: it contains {what}. Expected: "
+        "tensors, plain Python values, and mmengine's HistoryBuffer and numpy arrays of numbers. Such a file can "
+        "run any program when it is unpickled without this check. Get one that holds only weights, "
+        "torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it before "
+        "loading with torch.serialization.add_safe_globals([...])."
+    )
+
+
+class _TorchWithSafeLoad:
+    """The module ``torch`` as mmengine's checkpoint module sees it: the same, but for ``load``."""
+
+    load = staticmethod(load)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+# ---- the norms of a checkpoint and of a model
+
+
+_STATISTICS = frozenset({"running_mean", "running_var"})
+_KINDS = {  # by the running statistics in the state dict: what they are called here, and a norm_cfg that has them
+    _STATISTICS: ("running mean and variance (BN, SyncBN, CBN)", "dict(type='BN')"),
+    frozenset({"running_var"}): ("a running variance without mean (EvoNormB0)", "dict(type='EvoNormB0')"),
+    frozenset(): ("no running statistics (GN, LN, IN, EvoNormS0, FRN)", "dict(type='GN', num_groups=32)"),
+}
+
+
+def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Refuse weights whose norm layers are of another kind than the model's.
+
+    Loading them would only warn, in a long list of keys, and leave norms at their initial values: a model that
+    trains, or scores badly, for no visible reason. Kinds are told apart by their running statistics, and by
+    their names where both sides have a norm after the same convolution (``gn1`` here, ``bn1`` there). What
+    the state dict lacks altogether (a head), ``num_batches_tracked``, and a layer's extra state are no difference.
+
+    Args:
+        model: The model the weights are for.
+        state_dict: The weights, with the model's own key names.
+
+    Raises:
+        ValueError: If any norm layer is of another kind.
+    """
+    ours, theirs = _norms(model.state_dict()), _norms(state_dict)
+    present = {key.rpartition(".")[0] for key in state_dict}
+    strangers = {_place(name): name for name in theirs if name not in ours}
+    differences = []
+    for name, (statistics, channels) in ours.items():
+        other = name if name in present else strangers.get(_place(name))
+        if other not in theirs or theirs[other][1] != channels:
+            continue  # another layer altogether: its shape is load_state_dict's to judge
+        if other != name or theirs[other][0] != statistics:
+            differences.append((name, other))
+    if not differences:
+        return
+    name, other = differences[0]
+    expected, given = (_KINDS[kind] for kind in (ours[name][0], theirs[other][0]))
+    raise ValueError(
+        f"The checkpoint's norms are not the model's: {len(differences)} of the model's {len(ours)} norm layers "
+        f"differ. The first: the model has {type(model.get_submodule(name)).__name__} {name!r} with {expected[0]}; "
+        f"the checkpoint has {other!r} with {given[0]}. Expected: a checkpoint trained with this norm_cfg. "
+        f"Load such a one, or set norm_cfg to the checkpoint's (probably {given[1]}), or, to keep the convolutions "
+        "and start the norms afresh, delete the norms' keys from the file's state_dict."
+    )
+
+
+def _norms(state_dict: dict[str, Tensor]) -> dict[str, tuple[frozenset, int]]:
+    """Which running statistics each norm has, and its number of channels, by the norm's name."""
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in state_dict.items():
+        if isinstance(value, Tensor):
+            layer, _, leaf = key.rpartition(".")
+            layers[layer][leaf] = value
+    norms = {}
+    for layer, state in layers.items():
+        vectors = [state[leaf] for leaf in ("weight", "bias", *sorted(_STATISTICS)) if leaf in state]
+        # A norm's tensors hold one number per channel, (C,) or (1, C, 1, 1); a convolution's weight does not.
+        channels = {
+            v.numel() if v.ndim == 1 or (v.ndim > 2 and v.shape[1] == v.numel()) else -1 for v in vectors
+        }
+        if len(vectors) > 1 and len(channels) == 1 and -1 not in channels:
+            norms[layer] = frozenset(state) & _STATISTICS, channels.pop()
+    return norms
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Where a norm sits, whatever it is called: ``backbone.layer1.0.bn2`` and ``...gn2`` are one place."""
+    parent, _, own = name.rpartition(".")
+    return parent, own[len(own.rstrip("0123456789")) :]
+
+
+@HOOKS.register_module()
+class CheckpointNormHook(Hook):
+    """Calls `check_norms` on every checkpoint that the Runner loads or resumes from, before it is used.
+
+    Switch on with ``custom_hooks = [dict(type="CheckpointNormHook")]``.
+    """
+
+    priority = "VERY_HIGH"  # before hooks that move weights about in the checkpoint
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        weights = checkpoint.get("state_dict", checkpoint)
+        check_norms(model, {re.sub(r"^module\.", "", key): value for key, value in weights.items()})
+
+
+# ---- saving and resuming the message hub
+
+
+def _plain_history(buffer: HistoryBuffer) -> dict:
+    row = {"log_history": buffer._log_history, "count_history": buffer._count_history}
+    # As tensors: a list of a million floats takes the safe unpickler seconds, a tensor none.
+    plain = {name: torch.from_numpy(a) if a.dtype.kind in "biuf" else a.tolist() for name, a in row.items()}
+    return {**plain, "max_length": buffer.max_length}
+
+
+def _is_plain_history(value) -> bool:
+    return isinstance(value, dict) and set(value) == {"log_history", "count_history", "max_length"}
+
+
+def _history_from(plain: dict) -> HistoryBuffer:
+    rows = (plain[name] for name in ("log_history", "count_history"))
+    # .cpu(): map_location may have sent them to the GPU with everything else
+    arrays = (row.cpu().numpy() if isinstance(row, Tensor) else np.array(row) for row in rows)
+    return _history(*arrays, plain["max_length"])
+
+
+def _saves_plain(state_dict):
+    @functools.wraps(state_dict)
+    def plain_state_dict(self):
+        state = state_dict(self)
+        for name, value in state["log_scalars"].items():
+            if type(value) is HistoryBuffer:
+                state["log_scalars"][name] = _plain_history(value)
+        state["runtime_info"] = apply_to(
+            state["runtime_info"], lambda value: isinstance(value, np.generic), lambda value: value.item()
+        )
+        return state
+
+    return plain_state_dict
+
+
+def _reads_plain(load_state_dict):
+    @functools.wraps(load_state_dict)
+    def load_plain_state_dict(self, state_dict):
+        if isinstance(state_dict, dict) and "log_scalars" in state_dict:
+            scalars = {
+                name: _history_from(value) if _is_plain_history(value) else value
+                for name, value in state_dict["log_scalars"].items()
+            }
+            state_dict = {**state_dict, "log_scalars": scalars}
+        load_state_dict(self, state_dict)
+
+    return load_plain_state_dict
+
+
+def install() -> None:
+    """Replace what mmengine's checkpoint module loads with, and what its message hub saves."""
+    if isinstance(mmengine_checkpoint.torch, _TorchWithSafeLoad):
+        return
+    # Every scheme (file, http, s3, open-mmlab://, ...) loads through these two names of that module.
+    mmengine_checkpoint.torch = _TorchWithSafeLoad()
+    mmengine_checkpoint.load_url = load_url
+    MessageHub.state_dict = _saves_plain(MessageHub.state_dict)
+    MessageHub.load_state_dict = _reads_plain(MessageHub.load_state_dict)
+    tell("normplug: checkpoints are loaded with torch's safe unpickler, and saved so that it can read them")
