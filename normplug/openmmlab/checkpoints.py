@@ -87,11 +87,7 @@ def _stored_array(kind, shape, typecode):
 
 def _stored_scalar(dtype, data):
     """Takes the place of numpy's ``scalar``."""
-    if (
-        not isinstance(dtype, _StoredDtype)
-        or not isinstance(data, bytes)
-        or len(data) != dtype.dtype.itemsize
-    ):
+    if not isinstance(dtype, _StoredDtype) or not isinstance(data, bytes) or len(data) != dtype.dtype.itemsize:
         _refuse("a numpy scalar of anything but a number")
     return np.frombuffer(data, dtype.dtype)[0]
 
@@ -150,9 +146,7 @@ def _with_arrays(value, seen: set[int]):
         seen.add(id(value))  # a file may hold a list that holds itself
         if isinstance(value, tuple):
             items = [_with_arrays(item, seen) for item in value]
-            return (
-                tuple(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
-            )
+            return tuple(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             new = _with_arrays(item, seen)
             if new is not item:
@@ -203,9 +197,7 @@ def load(file, map_location=None, **kwargs):
 def load_url(url: str, model_dir=None, map_location=None, progress=True, **kwargs):
     """``torch.hub.load_state_dict_from_url`` in the same way; torch's own default there is the unsafe one."""
     download = torch.hub.load_state_dict_from_url
-    return _guarded(
-        download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs
-    )
+    return _guarded(download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs)
 
 
 def _guarded(loader, file, source, **kwargs):
@@ -219,9 +211,7 @@ def _guarded(loader, file, source, **kwargs):
 
 def _foreign_names(file, error: Exception) -> list[str]:
     found = re.findall(r"GLOBAL (\S+)", str(error))
-    with contextlib.suppress(
-        Exception
-    ):  # it knows zip files in protocol 2 only; the error names one in any case
+    with contextlib.suppress(Exception):  # it knows zip files in protocol 2 only; the error names one in any case
         if hasattr(file, "seek"):
             file.seek(0)
         found += torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -311,9 +301,7 @@ def _norms(state_dict: dict[str, Tensor]) -> dict[str, tuple[frozenset, int]]:
     for layer, state in layers.items():
         vectors = [state[leaf] for leaf in ("weight", "bias", *sorted(_STATISTICS)) if leaf in state]
         # A norm's tensors hold one number per channel, (C,) or (1, C, 1, 1); a convolution's weight does not.
-        channels = {
-            v.numel() if v.ndim == 1 or (v.ndim > 2 and v.shape[1] == v.numel()) else -1 for v in vectors
-        }
+        channels = {v.numel() if v.ndim == 1 or (v.ndim > 2 and v.shape[1] == v.numel()) else -1 for v in vectors}
         if len(vectors) > 1 and len(channels) == 1 and -1 not in channels:
             norms[layer] = frozenset(state) & _STATISTICS, channels.pop()
     return norms

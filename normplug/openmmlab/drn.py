@@ -20,6 +20,7 @@ class DRN(nn.Module):
     def __init__(self, *args, **kwargs) -> None:
         raise NotImplementedError(
             "The config builds DRN, but the mmaction2 1.2.0 package on PyPI was published without the folder "
-            "mmaction/models/localizers/drn. Install mmaction2 from its source instead: "
-            "'pip install git+https://github.com/open-mmlab/mmaction2@v1.2.0'. normplug then uses that DRN."
+            "mmaction/models/localizers/drn. Install mmaction2 from a checkout instead: "
+            "'git clone -b v1.2.0 https://github.com/open-mmlab/mmaction2' and 'pip install -e mmaction2'. "
+            "(Not without -e: setuptools leaves the folder out again.) normplug then uses that DRN."
         )

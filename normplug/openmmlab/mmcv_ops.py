@@ -88,9 +88,7 @@ def _overlap(lt: Tensor, rb: Tensor, offset: int) -> Tensor:
 
 
 @_op
-def bbox_overlaps(
-    bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
-) -> None:
+def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
     """Fill ``ious`` with intersection over union (mode 0) or over the first box's area (mode 1)."""
     first, second = _wide(bboxes1), _wide(bboxes2)
     if not aligned:
@@ -373,9 +371,7 @@ def _greatest_sample(feature: Tensor, ys: Tensor, xs: Tensor) -> tuple[Tensor, T
     lines = sum(feature[:, at] * part[:, None] for at, part in _neighbours(rows, height))
     values = sum(lines[:, :, at] * part for at, part in _neighbours(columns, width))
     values = torch.where(_inside(rows[:, None], columns, height, width), values, 0.0)
-    values = (
-        values.view(channels, *ys.shape, *xs.shape).transpose(2, 3).flatten(3)
-    )  # (C, bins, bins, samples)
+    values = values.view(channels, *ys.shape, *xs.shape).transpose(2, 3).flatten(3)  # (C, bins, bins, samples)
     best, index = values.max(-1)
     down, across = index // xs.shape[1], index % xs.shape[1]
     y = ys[torch.arange(len(ys), device=ys.device)[:, None], down]

@@ -1,0 +1,655 @@
+"""The stand-ins for mmcv's compiled ops: against formulas in float64, and, where it is installed, against mmcv's.
+
+The oracles are written from the definitions, one number at a time, and differentiated by autograd.
+"""
+
+import importlib.machinery
+import importlib.util
+import math
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from normplug.openmmlab.mmcv_ops import OPS, missing_op
+
+ROIS = [  # image, x1, y1, x2, y2 on a 9 x 11 map at scale 0.5: inside, over two borders, thin, far outside
+    [1, 3.3, 2.1, 14.7, 13.2],
+    [0, -5.0, -4.0, 6.0, 30.0],
+    [0, 4.0, 4.0, 4.4, 9.0],
+    [1, 60.0, 60.0, 70.0, 90.0],
+]
+
+
+def leaves(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def close(got, want, dtype=torch.float64):
+    """Equal but for a few roundings of ``dtype``, measured against the largest value."""
+    scale = max(want.abs().max().item(), 1e-30) if want.numel() else 1.0
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=20 * torch.finfo(dtype).eps * scale)
+
+
+# ---- oracles
+
+
+def linear_share(at: Tensor | float, pixel: int) -> Tensor | float:
+    return max(0.0, 1 - abs(at - pixel)) if isinstance(at, float) else (1 - (at - pixel).abs()).clamp(min=0)
+
+
+def clamped_bilinear(plane: Tensor, y: float, x: float) -> Tensor:
+    """RoIAlign's sample of (C, H, W): zero beyond one pixel outside, the border's value up to there."""
+    _, height, width = plane.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return plane.new_zeros(len(plane))
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    rows = {math.floor(y), math.ceil(y)}
+    columns = {math.floor(x), math.ceil(x)}
+    return sum(plane[:, i, j] * linear_share(y, i) * linear_share(x, j) for i, j in product(rows, columns))
+
+
+def roi_align_oracle(x, rois, size, scale, ratio, mode, aligned):
+    pooled = []
+    for image, *box in rois:
+        x1, y1, x2, y2 = (v * scale - (0.5 if aligned else 0) for v in box)
+        height, width = y2 - y1, x2 - x1
+        if not aligned:
+            height, width = max(height, 1.0), max(width, 1.0)
+        bin_h, bin_w = height / size[0], width / size[1]
+        down, across = (ratio, ratio) if ratio > 0 else (math.ceil(bin_h), math.ceil(bin_w))
+        for i, j in product(range(size[0]), range(size[1])):
+            samples = [
+                clamped_bilinear(
+                    x[int(image)], y1 + (i + (a + 0.5) / down) * bin_h, x1 + (j + (b + 0.5) / across) * bin_w
+                )
+                for a, b in product(range(down), range(across))
+            ]
+            stack = torch.stack(samples)
+            pooled.append(stack.mean(0) if mode == "avg" else stack.amax(0))
+    return torch.stack(pooled).view(len(rois), *size, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def roi_pool_oracle(x, rois, size, scale):
+    _, channels, height, width = x.shape
+    out = []
+    for image, x1, y1, x2, y2 in rois:
+        left, top = x1 * scale, y1 * scale
+        bin_w, bin_h = ((x2 + 1) * scale - left) / size[1], ((y2 + 1) * scale - top) / size[0]
+        for i, j in product(range(size[0]), range(size[1])):
+            rows = range(
+                min(max(math.floor(i * bin_h + top), 0), height),
+                min(max(math.ceil((i + 1) * bin_h + top), 0), height),
+            )
+            columns = range(
+                min(max(math.floor(j * bin_w + left), 0), width),
+                min(max(math.ceil((j + 1) * bin_w + left), 0), width),
+            )
+            pixels = [x[int(image), :, a, b] for a, b in product(rows, columns)]
+            valid = pixels and bin_w > 0 and bin_h > 0
+            out.append(torch.stack(pixels).amax(0) if valid else x.new_zeros(channels))
+    return torch.stack(out).view(len(rois), *size, channels).permute(0, 3, 1, 2)
+
+
+def zero_bilinear(planes: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Deformable convolution's sample of (C, H, W): zeros all around the image."""
+    _, height, width = planes.shape
+    total = planes.new_zeros(len(planes))
+    top, left = math.floor(y.item()), math.floor(x.item())
+    for i, j in product((top, top + 1), (left, left + 1)):
+        if 0 <= i < height and 0 <= j < width:
+            total = total + planes[:, i, j] * linear_share(y, i) * linear_share(x, j)
+    return total
+
+
+def deform_conv_oracle(x, offset, mask, weight, bias, stride, pad, dilation, groups, deform_groups):
+    n, channels, height, width = x.shape
+    out_channels, _, kh, kw = weight.shape
+    out_h = (height + 2 * pad[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    out_w = (width + 2 * pad[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    part = channels // deform_groups
+    rows = []
+    for b, i, j in product(range(n), range(out_h), range(out_w)):
+        column = []
+        for a, c in product(range(kh), range(kw)):
+            for d in range(deform_groups):
+                at = (d * kh * kw + a * kw + c) * 2
+                y = i * stride[0] - pad[0] + a * dilation[0] + offset[b, at, i, j]
+                z = j * stride[1] - pad[1] + c * dilation[1] + offset[b, at + 1, i, j]
+                value = zero_bilinear(x[b, d * part : (d + 1) * part], y, z)
+                column.append(value if mask is None else value * mask[b, at // 2, i, j])
+        column = torch.cat(column).view(kh, kw, groups, -1).permute(2, 3, 0, 1)  # (groups, channels, kh, kw)
+        filters = weight.view(groups, out_channels // groups, *weight.shape[1:])
+        rows.append((filters * column[:, None]).flatten(2).sum(-1).flatten())
+    out = torch.stack(rows).view(n, out_h, out_w, out_channels).permute(0, 3, 1, 2)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def iou_of(a, b, offset=0, of_the_first=False):
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]) + offset)
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]) + offset)
+
+    def area(box):
+        return (box[2] - box[0] + offset) * (box[3] - box[1] + offset)
+
+    return width * height / (area(a) if of_the_first else area(a) + area(b) - width * height)
+
+
+def soft_nms_oracle(boxes, scores, threshold, sigma, min_score, method, offset):
+    left = {i: s for i, s in enumerate(scores)}
+    kept = []
+    while left:
+        best = max(left, key=left.get)
+        kept.append((best, left.pop(best)))
+        for i in list(left):
+            iou = iou_of(boxes[best], boxes[i], offset)
+            if method == 2:
+                left[i] *= math.exp(-(iou**2) / sigma)
+            elif iou >= threshold:
+                left[i] *= 0 if method == 0 else 1 - iou
+            if left[i] < min_score:
+                del left[i]
+    return kept
+
+
+def some_boxes(n, dtype=torch.float32):
+    corner = torch.rand(n, 2, dtype=torch.float64) * 30
+    return torch.cat((corner, corner + 4 + torch.rand(n, 2, dtype=torch.float64) * 20), 1).to(dtype)
+
+
+# ---- boxes
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("threshold", [0.1, 0.5])
+def test_nms(threshold, offset):
+    boxes, scores = some_boxes(60), torch.rand(60)
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(iou_of(boxes[i].tolist(), boxes[j].tolist(), offset) <= threshold for j in kept):
+            kept.append(i)
+    got = OPS["nms"](boxes, scores, iou_threshold=threshold, offset=offset)
+    assert got.tolist() == kept
+    assert 5 < len(kept) < 60
+
+
+def test_nms_keeps_a_box_that_overlaps_by_exactly_the_threshold():
+    # 3 of 10 pixels: in float32 that is the threshold 0.3, in double it is more.
+    boxes = torch.tensor([[0.0, 0, 10, 1], [7, 0, 17, 1], [0, 0, 3, 1]])
+    assert OPS["nms"](boxes, torch.tensor([3.0, 2, 1]), iou_threshold=0.3, offset=0).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("method", [0, 1, 2], ids=["naive", "linear", "gaussian"])
+def test_softnms(method, offset):
+    boxes, scores = some_boxes(40), torch.rand(40)
+    dets = torch.full((40, 5), -1.0)
+    before = boxes.clone(), scores.clone()
+    kept = OPS["softnms"](
+        boxes, scores, dets, iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset
+    )
+    want = soft_nms_oracle(boxes.tolist(), scores.tolist(), 0.3, 0.5, 0.05, method, offset)
+    assert kept.tolist() == [i for i, _ in want]
+    assert 5 < len(kept) < 40
+    close(dets[: len(kept), 4], torch.tensor([s for _, s in want]), torch.float32)
+    assert torch.equal(dets[: len(kept), :4], boxes[kept])
+    assert torch.equal(boxes, before[0])
+    assert torch.equal(scores, before[1])
+
+
+def test_nms_match():
+    boxes, scores = some_boxes(40), torch.rand(40)
+    groups = OPS["nms_match"](torch.cat((boxes, scores[:, None]), 1), iou_threshold=0.2)
+    assert sorted(i for group in groups for i in group) == list(range(40))
+    free = scores.argsort(descending=True).tolist()
+    for group in groups:
+        best = free[0]
+        match = [i for i in free if i == best or iou_of(boxes[best].tolist(), boxes[i].tolist()) >= 0.2]
+        assert group == match
+        free = [i for i in free if i not in match]
+    assert len(groups) < 30
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("mode", [0, 1], ids=["iou", "iof"])
+def test_bbox_overlaps(mode, offset):
+    a, b = some_boxes(5, torch.float64), some_boxes(5, torch.float64)
+    want = [[iou_of(p, q, offset, of_the_first=mode == 1) for q in b.tolist()] for p in a.tolist()]
+    ious, pairs = torch.zeros(5, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    OPS["bbox_overlaps"](a, b, ious, mode=mode, aligned=False, offset=offset)
+    OPS["bbox_overlaps"](a, b, pairs, mode=mode, aligned=True, offset=offset)
+    close(ious, torch.tensor(want, dtype=torch.float64))
+    assert torch.equal(pairs, ious.diagonal())
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_sigmoid_focal_loss(gamma, weighted):
+    x = (torch.randn(7, 4, dtype=torch.float64) * 8).requires_grad_()
+    target = torch.tensor([0, 3, 1, 4, 2, 4, 0])  # 4 is background
+    weight = torch.rand(4, dtype=torch.float64) if weighted else x.new_empty(0)
+    positive = torch.nn.functional.one_hot(target, 5)[:, :4].bool()
+    p = torch.where(positive, x.sigmoid(), 1 - x.sigmoid())
+    want = -torch.where(positive, 0.25, 0.75) * (1 - p) ** gamma * p.log()
+    if weighted:
+        want = want * torch.cat((weight, weight.new_ones(1)))[target][:, None]
+    got, grad = torch.empty_like(want), torch.empty_like(want)
+    args = dict(gamma=gamma, alpha=0.25)
+    OPS["sigmoid_focal_loss_forward"](x, target, weight, got, **args)
+    OPS["sigmoid_focal_loss_backward"](x, target, weight, grad, **args)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, want.detach(), rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), x)[0], rtol=1e-7, atol=1e-12)
+
+
+def test_sigmoid_focal_loss_of_a_confident_mistake():
+    x, target = torch.tensor([[30.0]]), torch.tensor([1])  # sigmoid(30) rounds to 1 in float32
+    loss, grad = torch.empty(1, 1), torch.empty(1, 1)
+    OPS["sigmoid_focal_loss_forward"](x, target, x.new_empty(0), loss, gamma=2.0, alpha=0.25)
+    OPS["sigmoid_focal_loss_backward"](x, target, x.new_empty(0), grad, gamma=2.0, alpha=0.25)
+    assert loss.item() == pytest.approx(0.75 * 30, rel=1e-6)
+    assert grad.item() == pytest.approx(0.75, rel=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_softmax_focal_loss(gamma, weighted):
+    x = (torch.randn(6, 4, dtype=torch.float64) * 2).requires_grad_()
+    target = torch.tensor([0, 3, 1, -1, 2, 0])  # -1 is ignored
+    weight = torch.rand(4, dtype=torch.float64) if weighted else x.new_empty(0)
+    p = x.softmax(1)[torch.arange(6), target]
+    want = -0.25 * (1 - p) ** gamma * p.log() * (target >= 0)
+    if weighted:
+        want = want * weight[target]
+    softmax, got, grad = x.softmax(1).detach(), torch.empty(6, dtype=x.dtype), torch.empty_like(x)
+    buff = torch.empty_like(got)
+    OPS["softmax_focal_loss_forward"](softmax, target, weight, got, gamma=gamma, alpha=0.25)
+    OPS["softmax_focal_loss_backward"](softmax, target, weight, buff, grad, gamma=gamma, alpha=0.25)
+    close(got, want.detach())
+    close(grad, torch.autograd.grad(want.sum(), x)[0])
+
+
+# ---- regions
+
+
+def run_roi_align(x, rois, dy, size, scale, ratio, mode, aligned, grad_input=None):
+    """Forward and backward by the extension's own signatures."""
+    output = x.new_zeros(len(rois), x.shape[1], *size)
+    argmax = [x.new_zeros(output.shape if mode == "max" else 0) for _ in range(2)]
+    args = dict(
+        aligned_height=size[0], aligned_width=size[1], spatial_scale=scale, sampling_ratio=ratio, aligned=aligned
+    )
+    args["pool_mode"] = ("max", "avg").index(mode)
+    OPS["roi_align_forward"](x, rois, output, *argmax, **args)
+    grad_input = torch.zeros_like(x) if grad_input is None else grad_input
+    OPS["roi_align_backward"](dy, rois, *argmax, grad_input, **args)
+    return output, grad_input
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_roi_align(mode, aligned, ratio):
+    (x,) = leaves(torch.randn(2, 3, 9, 11, dtype=torch.float64))
+    rois = torch.tensor(ROIS, dtype=torch.float64)
+    dy = torch.randn(4, 3, 3, 2, dtype=torch.float64)
+    want = roi_align_oracle(x, ROIS, (3, 2), 0.5, ratio, mode, aligned)
+    got, grad = run_roi_align(x.detach(), rois, dy, (3, 2), 0.5, ratio, mode, aligned)
+    close(got, want.detach())
+    close(grad, torch.autograd.grad(want, x, dy)[0])
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_roi_align_adds_to_the_gradient_it_is_given(mode):
+    x, rois = torch.randn(2, 3, 9, 11), torch.tensor(ROIS)
+    dy, old = torch.randn(4, 3, 2, 2), torch.randn(2, 3, 9, 11)
+    _, fresh = run_roi_align(x, rois, dy, (2, 2), 0.5, 0, mode, True)
+    _, grad = run_roi_align(x, rois, dy, (2, 2), 0.5, 0, mode, True, grad_input=old.clone())
+    torch.testing.assert_close(grad, old + fresh)
+
+
+def run_roi_pool(x, rois, dy, size, scale):
+    output = x.new_zeros(len(rois), x.shape[1], *size)
+    argmax = torch.zeros(output.shape, dtype=torch.int)
+    args = dict(pooled_height=size[0], pooled_width=size[1], spatial_scale=scale)
+    OPS["roi_pool_forward"](x, rois, output, argmax, **args)
+    grad_input = torch.zeros_like(x)
+    OPS["roi_pool_backward"](dy, rois, argmax, grad_input, **args)
+    return output, argmax, grad_input
+
+
+def test_roi_pool():
+    (x,) = leaves(torch.randn(2, 3, 9, 11, dtype=torch.float64))
+    boxes = [*ROIS, [0, 9.0, 9.0, 3.0, 12.0]]  # and one that is inside out
+    dy = torch.randn(5, 3, 3, 2, dtype=torch.float64)
+    want = roi_pool_oracle(x, boxes, (3, 2), 0.5)
+    got, argmax, grad = run_roi_pool(x.detach(), torch.tensor(boxes, dtype=torch.float64), dy, (3, 2), 0.5)
+    assert torch.equal(got, want.detach())
+    close(grad, torch.autograd.grad(want, x, dy)[0])
+    assert (argmax[3:] == -1).all()
+    image = x.detach()[1].flatten(1)
+    assert torch.equal(image.gather(1, argmax[0].flatten(1).long()), got[0].flatten(1))
+
+
+# ---- deformable convolution
+
+GEOMETRIES = {  # stride, padding, dilation, groups, deformable groups
+    "plain": ((1, 1), (1, 1), (1, 1), 1, 1),
+    "all": ((2, 1), (1, 2), (1, 2), 2, 2),
+}
+
+
+def deform_case(geometry, dtype=torch.float64, batch=2):
+    stride, pad, dilation, groups, deform_groups = GEOMETRIES[geometry]
+    x = torch.randn(batch, 4, 6, 5, dtype=dtype)
+    weight = torch.randn(6, 4 // groups, 3, 2, dtype=dtype)
+    out_h = (6 + 2 * pad[0] - dilation[0] * 2 - 1) // stride[0] + 1
+    out_w = (5 + 2 * pad[1] - dilation[1] - 1) // stride[1] + 1
+    offset = torch.randn(batch, deform_groups * 12, out_h, out_w, dtype=dtype) * 1.5
+    mask = torch.rand(batch, deform_groups * 6, out_h, out_w, dtype=dtype)
+    bias, dy = torch.randn(6, dtype=dtype), torch.randn(batch, 6, out_h, out_w, dtype=dtype)
+    return x, offset, mask, weight, bias, dy
+
+
+def modulated_args(geometry, with_bias):
+    stride, pad, dilation, groups, deform_groups = GEOMETRIES[geometry]
+    return dict(
+        kernel_h=3, kernel_w=2, stride_h=stride[0], stride_w=stride[1], pad_h=pad[0], pad_w=pad[1],
+        dilation_h=dilation[0], dilation_w=dilation[1], group=groups, deformable_group=deform_groups,
+        with_bias=with_bias,
+    )  # fmt: skip
+
+
+def plain_args(geometry):
+    stride, pad, dilation, groups, deform_groups = GEOMETRIES[geometry]
+    return dict(
+        kW=2, kH=3, dW=stride[1], dH=stride[0], padW=pad[1], padH=pad[0], dilationW=dilation[1],
+        dilationH=dilation[0], group=groups, deformable_group=deform_groups, im2col_step=1,
+    )  # fmt: skip
+
+
+def run_modulated(ext, x, offset, mask, weight, bias, dy, geometry, with_bias):
+    args = modulated_args(geometry, with_bias)
+    bufs = [x.new_empty(0), x.new_empty(0)]
+    bias = bias if with_bias else x.new_empty(0)
+    out = torch.empty_like(dy)
+    ext["modulated_deform_conv_forward"](x, weight, bias, bufs[0], offset, mask, out, bufs[1], **args)
+    grads = [torch.zeros_like(t) for t in (x, weight, bias, offset, mask)]
+    ext["modulated_deform_conv_backward"](x, weight, bias, bufs[0], offset, mask, bufs[1], *grads, dy.clone(), **args)
+    return dict(zip(["output", "input", "weight", "bias", "offset", "mask"], [out, *grads], strict=True))
+
+
+def run_plain(ext, x, offset, weight, dy, geometry, input_first=True):
+    args, bufs = plain_args(geometry), [x.new_empty(0), x.new_empty(0)]
+    out = torch.empty_like(dy)
+    ext["deform_conv_forward"](x, weight, offset, out, *bufs, **args)
+    grads = [torch.zeros_like(t) for t in (x, offset, weight)]
+    if input_first:
+        ext["deform_conv_backward_input"](x, offset, dy.clone(), *grads[:2], weight, bufs[0], **args)
+    ext["deform_conv_backward_parameters"](x, offset, dy.clone(), grads[2], *bufs, scale=1, **args)
+    return dict(zip(["output", "input", "offset", "weight"], [out, *grads], strict=True))
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_modulated_deform_conv(geometry, with_bias):
+    *tensors, dy = deform_case(geometry)
+    got = run_modulated(OPS, *tensors, dy, geometry, with_bias)
+    x, offset, mask, weight, bias = inputs = leaves(*tensors)
+    want = deform_conv_oracle(x, offset, mask, weight, bias if with_bias else None, *GEOMETRIES[geometry])
+    close(got.pop("output"), want.detach())
+    names = ["input", "offset", "mask", "weight", "bias"][: 5 if with_bias else 4]
+    for name, grad in zip(names, torch.autograd.grad(want, inputs[: len(names)], dy), strict=True):
+        close(got[name], grad)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_deform_conv(geometry):
+    x, offset, _, weight, _, dy = deform_case(geometry)
+    got = run_plain(OPS, x, offset, weight, dy, geometry)
+    inputs = leaves(x, offset, weight)
+    want = deform_conv_oracle(inputs[0], inputs[1], None, inputs[2], None, *GEOMETRIES[geometry])
+    close(got["output"], want.detach())
+    for name, grad in zip(("input", "offset", "weight"), torch.autograd.grad(want, inputs, dy), strict=True):
+        close(got[name], grad)
+    alone = run_plain(OPS, x, offset, weight, dy, geometry, input_first=False)  # the input needs no gradient
+    close(alone["weight"], got["weight"])
+
+
+def test_deform_conv_weight_gradient_belongs_to_its_own_call():
+    x, offset, _, weight, _, dy = deform_case("plain")
+    args, columns = plain_args("plain"), x.new_empty(0)
+    total = torch.zeros_like(weight)
+    for grad in (dy, 2 * dy):  # backward twice through one graph: the same buffers
+        scratch = [torch.zeros_like(x), torch.zeros_like(offset)]
+        OPS["deform_conv_backward_input"](x, offset, grad, *scratch, weight, columns, **args)
+        OPS["deform_conv_backward_parameters"](x, offset, grad, total, columns, columns, scale=0.5, **args)
+    close(total, 1.5 * run_plain(OPS, x, offset, weight, dy, "plain")["weight"])
+
+
+# ---- video
+
+
+def test_tin_shift():
+    (x,) = leaves(torch.randn(2, 5, 4, 3, dtype=torch.float64))
+    shift = torch.tensor([[1, -2], [0, 7]], dtype=torch.int)
+    want = torch.stack([
+        torch.stack([
+            x[n, t - s, c] if 0 <= t - s < 5 else x.new_zeros(3)
+            for t in range(5) for c, s in ((c, int(shift[n, c // 2])) for c in range(4))
+        ]).view(5, 4, 3)
+        for n in range(2)
+    ])  # fmt: skip
+    dy = torch.randn_like(want)
+    got, grad = torch.empty_like(want), torch.empty_like(want)
+    OPS["tin_shift_forward"](x, shift, got)
+    OPS["tin_shift_backward"](dy, shift, grad)
+    assert torch.equal(got, want.detach())
+    assert torch.equal(grad, torch.autograd.grad(want, x, dy)[0])
+
+
+# ---- nothing at all, half precision, what is not there
+
+
+def test_empty_inputs():
+    none, rois = torch.empty(0, 4), torch.empty(0, 5)
+    assert OPS["nms"](none, none[:, 0], iou_threshold=0.5, offset=1).shape == (0,)
+    soft = dict(iou_threshold=0.5, sigma=0.5, min_score=0.0, method=1, offset=0)
+    assert OPS["softnms"](none, none[:, 0], rois, **soft).shape == (0,)
+    assert OPS["nms_match"](rois, iou_threshold=0.5) == []
+    for a, b in ((0, 3), (3, 0)):
+        OPS["bbox_overlaps"](some_boxes(a), some_boxes(b), torch.empty(a, b), mode=0, aligned=False, offset=0)
+    x, dy = torch.randn(2, 3, 9, 11), torch.empty(0, 3, 2, 2)
+    for mode in ("avg", "max"):
+        output, grad = run_roi_align(x, rois, dy, (2, 2), 0.5, 0, mode, True)
+        assert output.shape == dy.shape
+        assert not grad.any()
+    assert not run_roi_pool(x, rois, dy, (2, 2), 0.5)[2].any()
+    target, weight = torch.empty(0, dtype=torch.long), torch.empty(0)
+    OPS["sigmoid_focal_loss_forward"](none, target, weight, none.clone(), gamma=2.0, alpha=0.25)
+    OPS["sigmoid_focal_loss_backward"](none, target, weight, none.clone(), gamma=2.0, alpha=0.25)
+    OPS["softmax_focal_loss_forward"](none, target, weight, weight.clone(), gamma=2.0, alpha=0.25)
+    *tensors, dy = deform_case("all", batch=0)
+    assert run_modulated(OPS, *tensors, dy, "all", True)["output"].shape == dy.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_rounds_once(dtype):
+    x, rois = torch.randn(2, 3, 9, 11).to(dtype), torch.tensor(ROIS).to(dtype)
+    dy = torch.randn(4, 3, 2, 2).to(dtype)
+    for mode in ("avg", "max"):
+        got = run_roi_align(x, rois, dy, (2, 2), 0.5, 2, mode, True)
+        want = run_roi_align(x.double(), rois.double(), dy.double(), (2, 2), 0.5, 2, mode, True)
+        # Of the greatest sample mmcv keeps the place in the input's dtype: its gradient is no better than that.
+        for g, w in list(zip(got, want, strict=True))[: 2 if mode == "avg" else 1]:
+            assert g.dtype == dtype
+            torch.testing.assert_close(g.double(), w, rtol=0, atol=torch.finfo(dtype).eps * w.abs().max().item())
+    tensors = [t.to(dtype) for t in deform_case("all")]
+    got = run_modulated(OPS, *tensors, "all", True)
+    want = run_modulated(OPS, *(t.double() for t in tensors), "all", True)
+    for name, w in want.items():
+        torch.testing.assert_close(got[name].double(), w, rtol=0, atol=torch.finfo(dtype).eps * w.abs().max().item())
+
+
+def test_an_op_without_stand_in_names_itself_and_the_fix():
+    with pytest.raises(NotImplementedError, match=r"'carafe_forward'.*mmcv==2\.1\.0"):
+        missing_op("carafe_forward")(1, key=2)
+    with pytest.raises(AttributeError):
+        missing_op("__path__")
+
+
+# ---- through mmcv.ops, as a model calls them
+
+
+def test_mmcv_ops_run_unchanged():
+    ops = pytest.importorskip("mmcv.ops")
+    x = torch.randn(2, 3, 9, 11, requires_grad=True)
+    pooled = ops.RoIAlign((3, 2), 0.5, 0)(x, torch.tensor(ROIS))
+    close(pooled.detach(), roi_align_oracle(x.detach().double(), ROIS, (3, 2), 0.5, 0, "avg", True), torch.float32)
+    pooled.sum().backward()
+    assert x.grad.any()
+    boxes, scores, labels = some_boxes(50), torch.rand(50), torch.randint(3, (50,))
+    dets, kept = ops.batched_nms(boxes, scores, labels, dict(type="nms", iou_threshold=0.3))
+    assert torch.equal(dets, torch.cat((boxes[kept], scores[kept, None]), 1))
+    for label in range(3):  # class by class, as without the trick of moving the classes apart
+        own = (labels == label).nonzero()[:, 0]
+        alone = own[OPS["nms"](boxes[own], scores[own], iou_threshold=0.3, offset=0)]
+        assert alone.tolist() == [i for i in kept.tolist() if labels[i] == label]
+    dets, kept = ops.soft_nms(boxes.numpy(), scores.numpy(), 0.3, method="gaussian")
+    want = soft_nms_oracle(boxes.tolist(), scores.tolist(), 0.3, 0.5, 1e-3, 2, 0)
+    assert kept.tolist() == [i for i, _ in want]
+    np.testing.assert_allclose(dets[:, 4], [s for _, s in want], rtol=1e-5)
+    dets, kept = ops.batched_nms(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.3))
+    assert len(dets) == len(kept) > 5
+
+
+@pytest.mark.parametrize("name", ["DCN", "DCNv2"])
+def test_mmcv_deformable_layers_train(name):
+    pytest.importorskip("mmcv.ops")
+    from mmcv.cnn import build_conv_layer
+
+    layer = build_conv_layer(dict(type=name, deform_groups=2), 4, 6, 3, padding=1, bias=False)
+    torch.nn.init.normal_(layer.conv_offset.weight, std=0.3)
+    x = torch.randn(2, 4, 6, 5, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert all(p.grad.any() for p in (x, layer.weight, layer.conv_offset.weight))
+
+
+# ---- parity with the compiled extension, where there is one
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    spec = importlib.util.find_spec("mmcv._ext") if importlib.util.find_spec("mmcv") else None
+    if spec is None or not isinstance(spec.loader, importlib.machinery.ExtensionFileLoader):
+        pytest.skip("needs a compiled mmcv._ext; mmcv-lite has none")
+    return vars(importlib.import_module("mmcv._ext"))
+
+
+@pytest.fixture(scope="module")
+def parity(request):
+    """``parity(op, what, ours, theirs, ulps)`` checks a pair of tensors; the largest differences are printed."""
+    rows: dict[tuple[str, str], float] = {}
+
+    def check(op, what, ours, theirs, ulps):
+        difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+        scale = theirs.abs().max().item() if theirs.numel() else 1.0
+        rows[op, what] = max(rows.get((op, what), 0.0), difference)
+        assert ours.shape == theirs.shape
+        assert difference <= ulps * torch.finfo(torch.float32).eps * max(scale, 1e-30), (op, what, difference)
+
+    yield check
+    manager = request.config.pluginmanager.getplugin("capturemanager")
+    with manager.global_and_fixture_disabled():
+        print("\n\nop and tensor: largest absolute difference to the compiled mmcv")
+        for (op, what), difference in rows.items():
+            print(f"  {op:28s} {what:12s} {difference:.3g}")
+
+
+@pytest.mark.full_mmcv
+@pytest.mark.parametrize("offset", [0, 1])
+def test_parity_of_box_ops(compiled, parity, offset):
+    def same(op, ours, theirs):
+        assert ours.tolist() == theirs.tolist(), op
+        parity(op, f"offset {offset}", ours, theirs, 0)
+
+    for n, integer in product((0, 1, 300), (False, True)):
+        boxes, scores = some_boxes(n), torch.randperm(n) / max(n, 1)  # mmcv's nms sorts equal scores as it likes
+        if integer:  # overlaps that equal the threshold
+            boxes = boxes.round()
+        for threshold in (0.1, 0.3, 0.5, 0.7):
+            args = dict(iou_threshold=threshold, offset=offset)
+            same("nms", OPS["nms"](boxes, scores, **args), compiled["nms"](boxes, scores, **args))
+        if integer:
+            scores = (scores * 20).round() / 20
+        for method in (0, 1, 2):
+            soft = dict(iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
+            ours, theirs = torch.zeros(n, 5), torch.zeros(n, 5)
+            kept, want = OPS["softnms"](boxes, scores, ours, **soft), compiled["softnms"](boxes, scores, theirs, **soft)
+            if method < 2 or not integer:  # exp may round differently: near ties may change places
+                same(f"softnms method {method}", kept, want)
+                parity(f"softnms method {method}", "dets", ours[: len(kept)], theirs[: len(want)], 4)
+        if n and not integer:
+            dets = torch.cat((boxes, scores[:, None]), 1)
+            ours, theirs = OPS["nms_match"](dets, iou_threshold=0.4), compiled["nms_match"](dets, iou_threshold=0.4)
+            assert ours == theirs
+            parity("nms_match", "groups", torch.tensor(len(ours)), torch.tensor(len(theirs)), 0)
+        other = some_boxes(n)
+        for mode, aligned in product((0, 1), (False, True)):
+            shape = (n,) if aligned else (n, n)
+            ours, theirs = torch.zeros(shape), torch.zeros(shape)
+            args = dict(mode=mode, aligned=aligned, offset=offset)
+            OPS["bbox_overlaps"](boxes, other, ours, **args)
+            compiled["bbox_overlaps"](boxes, other, theirs, **args)
+            parity("bbox_overlaps", ("iou", "iof")[mode], ours.nan_to_num(), theirs.nan_to_num(), 0)
+
+
+@pytest.mark.full_mmcv
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_parity_of_roi_align(compiled, parity, mode):
+    x = torch.randn(3, 5, 20, 25)
+    random = torch.cat((torch.randint(3, (40, 1)).float(), some_boxes(40) * 1.6 - 8), 1)
+    for rois, aligned, ratio in product((random, random[:0], torch.tensor(ROIS)), (True, False), (0, 2)):
+        dy = torch.randn(len(rois), 5, 7, 6)
+        output = x.new_zeros(dy.shape)
+        argmax = [x.new_zeros(output.shape if mode == "max" else 0) for _ in range(2)]
+        args = dict(aligned_height=7, aligned_width=6, spatial_scale=0.5, sampling_ratio=ratio, aligned=aligned)
+        args["pool_mode"] = ("max", "avg").index(mode)
+        grad = torch.zeros_like(x)
+        compiled["roi_align_forward"](x, rois, output, *argmax, **args)
+        compiled["roi_align_backward"](dy, rois, *argmax, grad, **args)
+        ours, our_grad = run_roi_align(x, rois, dy, (7, 6), 0.5, ratio, mode, aligned)
+        parity(f"roi_align {mode}", "output", ours, output, 4 if mode == "max" else 0)
+        parity(f"roi_align {mode}", "grad_input", our_grad, grad, 8)
+
+
+@pytest.mark.full_mmcv
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_parity_of_deform_conv(compiled, parity, geometry):
+    x, offset, _, weight, _, dy = tensors = deform_case(geometry, torch.float32, batch=4)
+    for with_bias in (True, False):
+        theirs = run_modulated(compiled, *tensors, geometry, with_bias)
+        ours = run_modulated(OPS, *tensors, geometry, with_bias)
+        for name, want in theirs.items():
+            parity("modulated_deform_conv", name, ours[name], want, 16)
+    theirs = run_plain(compiled, x, offset, weight, dy, geometry)
+    ours = run_plain(OPS, x, offset, weight, dy, geometry)
+    for name, want in theirs.items():
+        parity("deform_conv", name, ours[name], want, 16)
+
+
+@pytest.mark.full_mmcv
+def test_the_compiled_extension_is_left_alone(compiled):
+    from mmcv.ops import nms
+
+    from normplug.openmmlab import close_gaps
+
+    close_gaps()
+    assert sys.modules[nms.__module__].ext_module.__file__ == compiled["__file__"]
+    assert compiled["nms"] is not OPS["nms"]
