@@ -1,0 +1,316 @@
+"""The one place that makes the toolkits' stock models right for our layers, without a change to their code.
+
+Every model that a ``MODELS`` registry builds passes through ``adapt`` once ``install`` has run. A model without a
+layer of ours is left alone. In the others, three assumptions of the toolkits are corrected:
+
+- *An activation follows the norm.* Layers such as EvoNorm contain theirs. Where the toolkit applies one right
+  behind such a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer
+  gives up its own and is affine only, as in the EvoNorm authors' code. The ReLU behind a residual sum stays.
+- *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
+- *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
+
+Parameters keep their names, so state dicts stay those of the stock models. An activation that is no longer needed
+is replaced by ``ActivationInNorm``, and a module whose methods change gets a class derived from its own. The
+toolkits' classes are looked up where somebody has imported them and are never imported from here.
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import MODELS, Registry
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
+
+__all__ = ["ActivationInNorm", "adapt", "install"]
+
+# Not mmengine: the classes that users write derive from its BaseModule too.
+TOOLKITS = frozenset(MODULE2PACKAGE) | {"mmcv"}
+# What a layer with an activation replaces. Gates (Sigmoid, Tanh, ...) mean something else, and stay.
+REPLACED = {"ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "SiLU", "Swish", "GELU", "Hardswish", "Mish"}
+
+
+class ActivationInNorm(nn.Identity):
+    """Stands where a toolkit had an activation that the norm before it contains."""
+
+
+def adapt(model: nn.Module) -> nn.Module:
+    """Make a stock model right for the normplug layers in it, in place.
+
+    Adapting a model again, or a model made of adapted ones, changes nothing more. A class that places activations
+    by itself says so with a class attribute ``places_activations = True``.
+
+    Args:
+        model: Any module; one without our layers is returned untouched.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: If a layer that contains its activation sits in a toolkit's class of which we do not know where
+            it applies activations.
+    """
+    if not any(map(_is_ours, model.modules())):
+        return model
+    for path, module in list(model.named_modules()):
+        if any(map(_activates, module.children())) and not getattr(module, "places_activations", False):
+            _place_activations(module, path, model)
+        if _has_statistics_to_freeze(module):
+            _derive(module, FreezesEveryStatistic)
+        if isinstance(module, _imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
+            _derive(module, InflatesEveryNorm)
+    return model
+
+
+def install() -> None:
+    """Pass all that the ``MODELS`` registries build through ``adapt``, and explain a type that none of them knows.
+
+    Registries created later inherit this from their parent. Calling it again does nothing more.
+    """
+    for registry in _family(MODELS):
+        if not hasattr(registry.build_func, "adapts"):
+            registry.build_func = _adapting(registry.build_func)
+    CheckpointLoader.register_scheme("detectron-as-rgb://", load_from_detectron_as_rgb, force=True)
+
+
+# --- layers that contain their activation
+
+
+def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
+    """Let every norm among ``module``'s children do an activation that follows it, or drop its own."""
+    if isinstance(module, ActivatesInNorms) or not _is_toolkits(_owner(path, root)):
+        return
+    if isinstance(module, nn.Sequential):
+        _place_in_sequence(module)
+    elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
+        _place_in_conv_module(module, path)
+    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
+        _drop(module.norm3 if hasattr(module, "conv3") else module.norm2)  # the sum follows it, then the ReLU
+        _derive(module, ActivatesInNorms)
+    elif (
+        _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet")
+        or _keeps_forward(module, "mmdet.models.backbones.regnet", "RegNet")
+        or _keeps_forward(module, "mmdet.models.backbones.hrnet", "HRNet")
+    ):
+        module.relu = ActivationInNorm()  # used in the stem only, behind the norms
+    else:
+        cls, kind = type(module), next(type(norm).__name__ for norm in module.children() if _activates(norm))
+        raise ValueError(
+            f"{kind} contains its activation, but sits directly in {path or 'the model'}, a {cls.__module__}."
+            f"{cls.__qualname__}: normplug does not know where the forward of that class applies activations, and "
+            f"two in a row would be a different network. Known are ConvModule, Sequential and mmdet's ResNet, "
+            f"ResNeXt, RegNet and HRNet. Use one of these, use a norm without activation (GN, SyncBN, CBN) here, or, "
+            f"if the class applies none behind {kind}, set {cls.__name__}.places_activations = True."
+        )
+
+
+def _place_in_sequence(sequence: nn.Sequential) -> None:
+    layers = [*sequence, None]
+    for i, norm in enumerate(sequence):
+        if not _activates(norm) or isinstance(layers[i + 1], ActivationInNorm):
+            continue
+        if type(layers[i + 1]).__name__ in REPLACED:
+            sequence[i + 1] = ActivationInNorm()  # an index more or less would rename all that follows
+        else:
+            _drop(norm)
+
+
+def _place_in_conv_module(module: nn.Module, path: str) -> None:
+    activation = getattr(module, "activate", None)
+    if isinstance(activation, ActivationInNorm):
+        return
+    if type(activation).__name__ not in REPLACED:
+        _drop(module.norm)
+        return
+    if module.order.index("act") != module.order.index("norm") + 1:
+        raise ValueError(
+            f"{type(module.norm).__name__} contains its activation, but {path or 'this ConvModule'} has "
+            f"order={module.order}, where the activation does not follow the norm. Use the order ('conv', 'norm', "
+            f"'act') or a norm without activation (GN, SyncBN, CBN) here."
+        )
+    module.activate = ActivationInNorm()
+
+
+class ActivatesInNorms:
+    """Forward of mmdet's residual blocks for norms that contain the activation: the ReLU behind the sum is left.
+
+    It is also the place where a norm takes over the sum and that ReLU, once kernels make that worth while.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            y = checkpoint(self._sum_of_branches, x, use_reentrant=False)
+        else:
+            y = self._sum_of_branches(x)
+        return self.relu(y)
+
+    def _sum_of_branches(self, x: Tensor) -> Tensor:
+        y = x
+        for i in (1, 2, 3) if hasattr(self, "conv3") else (1, 2):
+            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
+            if getattr(self, "with_plugins", False):
+                y = self.forward_plugin(y, getattr(self, f"after_conv{i}_plugin_names"))
+        return y + (x if self.downsample is None else self.downsample(x))
+
+
+def _activates(layer: nn.Module) -> bool:
+    """Whether a layer of ours applies an activation: always like EvoNorm, or asked to like GN with act='relu'."""
+    return _is_ours(layer) and (getattr(layer, "contains_activation", False) or getattr(layer, "act", None) is not None)
+
+
+def _drop(norm: nn.Module) -> None:
+    if getattr(norm, "contains_activation", False):
+        norm.drop_activation()
+    else:
+        norm.act = None
+
+
+# --- running statistics
+
+
+class FreezesEveryStatistic:
+    """``norm_eval=True`` of the toolkits' backbones for layers that keep statistics without being a BatchNorm."""
+
+    def train(self, mode: bool = True):
+        result = super().train(mode)
+        if mode and self.norm_eval:
+            for layer in self.modules():
+                if _keeps_other_statistics(layer):
+                    layer.eval()
+        return result
+
+
+def _has_statistics_to_freeze(module: nn.Module) -> bool:
+    return hasattr(module, "norm_eval") and _is_toolkits(module) and any(map(_keeps_other_statistics, module.modules()))
+
+
+def _keeps_other_statistics(layer: nn.Module) -> bool:
+    return _is_ours(layer) and not isinstance(layer, _BatchNorm) and "running_var" in layer._buffers
+
+
+# --- whose class is it?
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith("normplug.layers.") for cls in type(module).__mro__)
+
+
+def _is_toolkits(module: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] in TOOLKITS for cls in type(module).__mro__)
+
+
+def _owner(path: str, root: nn.Module) -> nn.Module:
+    """Return the module at ``path``, or for a container the nearest module around it that is none."""
+    module = root.get_submodule(path)
+    while path and isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        path = path.rpartition(".")[0]
+        module = root.get_submodule(path)
+    return module
+
+
+def _imported(where: str, *names: str) -> tuple[type, ...]:
+    """Return the named classes of a module if somebody has imported it: before that, no object can have them."""
+    return tuple(getattr(sys.modules[where], name) for name in names) if where in sys.modules else ()
+
+
+def _keeps_forward(module: nn.Module, where: str, *names: str) -> bool:
+    """Whether the module derives from one of the named classes and has not replaced its forward."""
+    return any(isinstance(module, cls) and _stock(module).forward is cls.forward for cls in _imported(where, *names))
+
+
+def _stock(module: nn.Module) -> type:
+    """Return the class that a module had before ``_derive``."""
+    return getattr(module, "_stock", type(module))
+
+
+def _derive(module: nn.Module, mixin: type) -> None:
+    """Give one module the methods of ``mixin``: the same object, parameters and names, a class derived from its."""
+    if not isinstance(module, mixin):
+        module.__class__ = _derived((*getattr(module, "_mixins", ()), mixin), _stock(module))
+
+
+class _Derived:
+    """Copies and pickles a module of a class that exists only at run time."""
+
+    def __reduce_ex__(self, protocol):
+        return _empty, (self._mixins, self._stock), self.__dict__
+
+
+@functools.cache
+def _derived(mixins: tuple[type, ...], stock: type) -> type:
+    names = "".join(mixin.__name__ for mixin in mixins)
+    members = {"_mixins": mixins, "_stock": stock, "__doc__": stock.__doc__, "__module__": __name__}
+    return type(f"{stock.__name__}{names}", (_Derived, *mixins, stock), members)
+
+
+def _empty(mixins: tuple[type, ...], stock: type) -> nn.Module:
+    cls = _derived(mixins, stock)
+    return cls.__new__(cls)
+
+
+# --- the registries
+
+
+def _family(registry: Registry) -> Iterator[Registry]:
+    yield registry
+    for child in registry.children.values():
+        yield from _family(child)
+
+
+def _adapting(build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)
+    def build_and_adapt(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            built = build(cfg, *args, **kwargs)
+        except KeyError as error:
+            explanation = _explain(error, cfg, kwargs["registry"])
+            if explanation is None:
+                raise
+            raise KeyError(explanation) from error
+        return adapt(built) if isinstance(built, nn.Module) else built
+
+    build_and_adapt.adapts = True
+    return build_and_adapt
+
+
+def _explain(error: KeyError, cfg: Any, registry: Registry) -> str | None:
+    """Return a better message for a type that no registry knows; mmcv's own calls every such layer "None"."""
+    message = str(error)
+    if "Cannot find None in registry" not in message and " registry. Please check whether" not in message:
+        return None
+    with registry.switch_scope_and_registry(cfg.get("_scope_") if isinstance(cfg, dict) else None) as registry:
+        for key, name in _types(cfg):
+            package = MODULE2PACKAGE.get(name.partition(".")[0]) if "." in name else None
+            if package and importlib.util.find_spec(name.partition(".")[0]) is None:
+                return (
+                    f"{key}=dict(type={name!r}) names a class of {package}, which is not installed. Install it: "
+                    f"pip install {package}; mmdet and mmaction2 come with pip install 'normplug[openmmlab]'."
+                )
+            if "Cannot find None" in message and key.endswith("_cfg") and registry.get(name) is None:
+                known = sorted(key for key, cls in MODELS.module_dict.items() if cls.__module__.startswith("normplug."))
+                return (
+                    f"{key}=dict(type={name!r}) names a layer that nobody has registered (searched from scope "
+                    f"{registry.scope!r} upwards). Check the spelling, or add the package that has it to "
+                    f"custom_imports. normplug has {', '.join(known)}; mmcv has BN, LN, IN and their kin."
+                )
+    return None
+
+
+def _types(cfg: Any, key: str = "model") -> Iterator[tuple[str, str]]:
+    """Yield the key and the value of every ``type`` given by name in a config."""
+    if isinstance(cfg, dict):
+        if isinstance(cfg.get("type"), str):
+            yield key, cfg["type"]
+        for name, value in cfg.items():
+            if name not in ("init_cfg", "train_cfg", "test_cfg"):  # their types live in other registries
+                yield from _types(value, name)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _types(value, key)
