@@ -200,6 +200,14 @@ def test_softnms(method, offset):
     assert torch.equal(scores, before[1])
 
 
+def test_softnms_takes_equal_scores_in_the_order_of_mmcv():
+    # Boxes 1 and 2 fall to box 0; the last boxes move into their places, and then come before box 3.
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [0, 0, 8, 9], [20, 0, 21, 1], [30, 0, 31, 1], [40, 0, 41, 1]])
+    scores, dets = torch.tensor([1.0, 0.9, 0.8, 0.5, 0.5, 0.5]), torch.empty(6, 5)
+    args = dict(iou_threshold=0.5, sigma=0.5, min_score=0.1, method=0, offset=0)
+    assert OPS["softnms"](boxes, scores, dets, **args).tolist() == [0, 5, 4, 3]
+
+
 def test_nms_match():
     boxes, scores = some_boxes(40), torch.rand(40)
     groups = OPS["nms_match"](torch.cat((boxes, scores[:, None]), 1), iou_threshold=0.2)
@@ -248,12 +256,13 @@ def test_sigmoid_focal_loss(gamma, weighted):
     torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), x)[0], rtol=1e-7, atol=1e-12)
 
 
-def test_sigmoid_focal_loss_of_a_confident_mistake():
-    x, target = torch.tensor([[30.0]]), torch.tensor([1])  # sigmoid(30) rounds to 1 in float32
+@pytest.mark.parametrize("logit", [30.0, 200.0])  # the sigmoid rounds to 1 in float32; then the other's to 0
+def test_sigmoid_focal_loss_of_a_confident_mistake(logit):
+    x, target = torch.tensor([[logit]]), torch.tensor([1])
     loss, grad = torch.empty(1, 1), torch.empty(1, 1)
     OPS["sigmoid_focal_loss_forward"](x, target, x.new_empty(0), loss, gamma=2.0, alpha=0.25)
     OPS["sigmoid_focal_loss_backward"](x, target, x.new_empty(0), grad, gamma=2.0, alpha=0.25)
-    assert loss.item() == pytest.approx(0.75 * 30, rel=1e-6)
+    assert loss.item() == pytest.approx(0.75 * logit, rel=1e-6)
     assert grad.item() == pytest.approx(0.75, rel=1e-6)
 
 
@@ -305,6 +314,14 @@ def test_roi_align(mode, aligned, ratio):
     close(grad, torch.autograd.grad(want, x, dy)[0])
 
 
+@pytest.mark.parametrize(("mode", "value"), [("avg", 0.0), ("max", -10000.0)])
+def test_roi_align_without_samples(mode, value):
+    flat = torch.tensor([[0, 3.0, 3.0, 3.0, 8.0]])
+    output, grad = run_roi_align(torch.randn(1, 3, 9, 11), flat, torch.randn(1, 3, 2, 2), (2, 2), 0.5, 0, mode, True)
+    assert (output == value).all()
+    assert not grad.any()
+
+
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_roi_align_adds_to_the_gradient_it_is_given(mode):
     x, rois = torch.randn(2, 3, 9, 11), torch.tensor(ROIS)
@@ -326,7 +343,7 @@ def run_roi_pool(x, rois, dy, size, scale):
 
 def test_roi_pool():
     (x,) = leaves(torch.randn(2, 3, 9, 11, dtype=torch.float64))
-    boxes = [*ROIS, [0, 9.0, 9.0, 3.0, 12.0]]  # and one that is inside out
+    boxes = [*ROIS, [0, 9.0, 9.0, 7.5, 12.0]]  # and one that is inside out, by less than a pixel
     dy = torch.randn(5, 3, 3, 2, dtype=torch.float64)
     want = roi_pool_oracle(x, boxes, (3, 2), 0.5)
     got, argmax, grad = run_roi_pool(x.detach(), torch.tensor(boxes, dtype=torch.float64), dy, (3, 2), 0.5)
@@ -430,7 +447,8 @@ def test_deform_conv_weight_gradient_belongs_to_its_own_call():
         scratch = [torch.zeros_like(x), torch.zeros_like(offset)]
         OPS["deform_conv_backward_input"](x, offset, grad, *scratch, weight, columns, **args)
         OPS["deform_conv_backward_parameters"](x, offset, grad, total, columns, columns, scale=0.5, **args)
-    close(total, 1.5 * run_plain(OPS, x, offset, weight, dy, "plain")["weight"])
+    OPS["deform_conv_backward_parameters"](x, offset, 4 * dy, total, columns, columns, scale=0.5, **args)
+    close(total, 3.5 * run_plain(OPS, x, offset, weight, dy, "plain")["weight"])
 
 
 # ---- video

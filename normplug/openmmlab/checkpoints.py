@@ -13,10 +13,13 @@ import contextlib
 import functools
 import math
 import pickle
+import pickletools
 import re
 import threading
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import numpy as np
@@ -123,7 +126,13 @@ def _stored_method(owner, name):
     return name
 
 
+def _stored_bytes():
+    """Takes the place of ``bytes``, which a pickle calls for the data of an empty array."""
+    return b""
+
+
 _NAMES = {
+    "builtins.bytes": _stored_bytes,
     "builtins.getattr": _stored_method,
     "mmengine.logging.history_buffer.HistoryBuffer": _StoredHistory,
     "numpy.dtype": _StoredDtype,
@@ -210,25 +219,49 @@ def _guarded(loader, file, source, **kwargs):
 
 
 def _foreign_names(file, error: Exception) -> list[str]:
+    """What the file names that is not allowed; for the error's text only, and nothing is unpickled for it."""
     found = re.findall(r"GLOBAL (\S+)", str(error))
-    with contextlib.suppress(Exception):  # it knows zip files in protocol 2 only; the error names one in any case
-        if hasattr(file, "seek"):
-            file.seek(0)
-        found += torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    # torch's message drops "builtins."; its list does not
+    with contextlib.suppress(Exception):  # it reads zip files in pickle protocol 2 only
+        found += torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(file))
+    if "Unsupported operand" in str(error):  # a protocol that the safe unpickler does not read at all
+        with contextlib.suppress(Exception):
+            found += [name for name in _names_in(_rewound(file)) if name not in _NAMES]
+    # torch's message drops "builtins.", its list does not
     return sorted({name.removeprefix("builtins.") for name in found})
 
 
+def _rewound(file):
+    if hasattr(file, "seek"):
+        file.seek(0)
+    return file
+
+
+def _names_in(file) -> Iterator[str]:
+    """The globals that a checkpoint in any pickle protocol names, but for torch's own and OrderedDict."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    else:
+        data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+    strings = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if isinstance(argument, str) and opcode.name != "GLOBAL":
+            strings.append(argument)
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+            name = argument.replace(" ", ".") if argument else ".".join(strings[-2:])
+            if not name.startswith(("torch.", "collections.")):
+                yield name
+
+
 def _refusal(source, foreign: list[str], error: Exception) -> str:
-    where = source if isinstance(source, str) else getattr(source, "name", type(source).__name__)
-    reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0].strip()
-    what = ", ".join(foreign) or reason
+    where = getattr(source, "name", type(source).__name__) if hasattr(source, "read") else source
+    reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     return (
-        f"The checkpoint {where} was refused, and nothing in it was executed: it contains {what}. Expected: "
-        "tensors, plain Python values, and mmengine's HistoryBuffer and numpy arrays of numbers. Such a file can "
-        "run any program when it is unpickled without this check. Get one that holds only weights, "
-        "torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it before "
-        "loading with torch.serialization.add_safe_globals([...])."
+        f"The checkpoint {where} was refused, and nothing in it was executed: it contains "
+        f"{', '.join(foreign) or reason}. Expected: tensors, plain Python values, and mmengine's HistoryBuffer and "
+        "numpy arrays of numbers. Other files can run any program when they are unpickled. Get one that holds only "
+        "weights, torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it "
+        "before loading with torch.serialization.add_safe_globals([...])."
     )
 
 
