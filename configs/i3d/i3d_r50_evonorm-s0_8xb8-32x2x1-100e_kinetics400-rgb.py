@@ -1,6 +1,6 @@
-# I3D ResNet-50 with EvoNorm-S0 instead of the first two norms and ReLUs of each block; the last norm of a block and that
-# of a shortcut are a weight and bias per channel, and the ReLU behind the sum stays. This post-activation layout is our
-# own choice: the paper's networks are pre-activation.
+# I3D ResNet-50 with EvoNorm-S0 instead of the first two norms and ReLUs of each block; the last norm of a block and
+# that of a shortcut are a weight and bias per channel, and the ReLU behind the sum stays. This post-activation layout
+# is our own choice: the paper's networks are pre-activation.
 # Published: nothing for this recipe; the control is the gn file, from whose 2-D checkpoint this starts (GN's weight and
 # bias, v at its initial 1). One epoch of warm-up, which the BN and GN recipes do not have, because the residual sums
 # are not normalized.

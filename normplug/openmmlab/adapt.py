@@ -44,8 +44,9 @@ class ActivationInNorm(nn.Identity):
 def adapt(model: nn.Module) -> nn.Module:
     """Make a stock model right for the normplug layers in it, in place.
 
-    Adapting a model again, or a model made of adapted ones, changes nothing more. A class that places activations
-    by itself says so with a class attribute ``places_activations = True``.
+    Adapting a model again, or a model made of adapted ones, changes nothing more. Your own classes are left as they
+    are. If one derives from a toolkit's and places activations by itself, it says so with a class attribute
+    ``places_activations = True``.
 
     Args:
         model: Any module; one without our layers is returned untouched.
@@ -60,7 +61,7 @@ def adapt(model: nn.Module) -> nn.Module:
     if not any(map(_is_ours, model.modules())):
         return model
     for path, module in list(model.named_modules()):
-        if any(map(_activates, module.children())) and not getattr(module, "places_activations", False):
+        if any(map(_activates, module.children())):
             _place_activations(module, path, model)
         if _has_statistics_to_freeze(module):
             _derive(module, FreezesEveryStatistic)
@@ -85,7 +86,8 @@ def install() -> None:
 
 def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
     """Let every norm among ``module``'s children do an activation that follows it, or drop its own."""
-    if isinstance(module, ActivatesInNorms) or not _is_toolkits(_owner(path, root)):
+    owner = _owner(path, root)
+    if isinstance(module, ActivatesInNorms) or not _is_toolkits(owner) or getattr(owner, "places_activations", False):
         return
     if isinstance(module, nn.Sequential):
         _place_in_sequence(module)
@@ -101,7 +103,7 @@ def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
     ):
         module.relu = ActivationInNorm()  # used in the stem only, behind the norms
     else:
-        cls, kind = type(module), next(type(norm).__name__ for norm in module.children() if _activates(norm))
+        cls, kind = type(owner), next(type(norm).__name__ for norm in module.children() if _activates(norm))
         raise ValueError(
             f"{kind} contains its activation, but sits directly in {path or 'the model'}, a {cls.__module__}."
             f"{cls.__qualname__}: normplug does not know where the forward of that class applies activations, and "

@@ -83,7 +83,9 @@ class InflatesEveryNorm:
         if wrong:
             raise ValueError(
                 f"The 2-D checkpoint {self.pretrained} does not fill this {type(self).__name__}; {len(wrong)} of its "
-                f"parameters would keep random values:\n  " + "\n  ".join(wrong[:8]) + "\nExpected is the state dict "
+                f"parameters would keep their initial values:\n  "
+                + "\n  ".join(wrong[:8])
+                + "\nExpected is the state dict "
                 f"of a 2-D ResNet of depth {self.depth} with torchvision's names (conv1, layer1.0.conv1, a norm bn1 or "
                 f"gn1, downsample.0 and .1). Give the depth and width it was trained with, or pretrained2d=False for "
                 f"a checkpoint that is 3-D already."

@@ -1,0 +1,452 @@
+"""Stock models with our layers: activations, statistics, inflation; and the registry that adapts what it builds."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.registry import MODELS, Registry
+from torch import nn
+
+import normplug  # noqa: F401
+from normplug.openmmlab.adapt import ActivationInNorm, adapt, install
+
+mmdet = pytest.importorskip("mmdet.models")
+mmaction = pytest.importorskip("mmaction.models")
+
+GN = dict(type="GN", num_groups=4)
+PLUGIN = dict(cfg=dict(type="ContextBlock", ratio=1 / 4), stages=(True, True, True, True), position="after_conv3")
+HRNET = {
+    f"stage{i}": dict(
+        num_modules=1,
+        num_branches=i,
+        block="BOTTLENECK" if i == 1 else "BASIC",
+        num_blocks=(1,) * i,
+        num_channels=(64,) if i == 1 else tuple(8 * 2**j for j in range(i)),
+    )
+    for i in (1, 2, 3, 4)
+}
+REGNET = dict(w0=16, wa=24.48, wm=2.0, group_w=8, depth=5, bot_mul=1.0)
+IMAGE, CLIP = (2, 3, 32, 32), (2, 3, 4, 32, 32)
+PYRAMID = [(2, 16, 16 // 2**i, 16 // 2**i) for i in range(4)]
+VIDEO = dict(pretrained=None, base_channels=8)
+BACKBONES = {
+    "r18": (dict(type="mmdet.ResNet", depth=18, base_channels=8), IMAGE),
+    "r50": (dict(type="mmdet.ResNet", depth=50, base_channels=8), IMAGE),
+    "r50-caffe": (dict(type="mmdet.ResNet", depth=50, base_channels=8, style="caffe"), IMAGE),
+    "r50-plugins": (dict(type="mmdet.ResNet", depth=50, base_channels=8, plugins=[PLUGIN]), IMAGE),
+    "r18-checkpointed": (dict(type="mmdet.ResNet", depth=18, base_channels=8, with_cp=True), IMAGE),
+    "r50v1d": (dict(type="mmdet.ResNetV1d", depth=50, base_channels=8), IMAGE),
+    "x50": (dict(type="mmdet.ResNeXt", depth=50, groups=2, base_width=4, base_channels=8), IMAGE),
+    "regnet": (dict(type="mmdet.RegNet", arch=REGNET), IMAGE),
+    "hrnet": (dict(type="mmdet.HRNet", extra=HRNET), IMAGE),
+    "fpn": (dict(type="mmdet.FPN", in_channels=[16] * 4, out_channels=16, num_outs=5), PYRAMID),
+    "3d-r18": (dict(type="mmaction.ResNet3d", depth=18, **VIDEO), CLIP),
+    "3d-r50": (dict(type="mmaction.ResNet3d", depth=50, with_cp=True, **VIDEO), CLIP),
+    "3d-slowonly": (dict(type="mmaction.ResNet3dSlowOnly", depth=50, **VIDEO), CLIP),
+    "mask-head": (dict(type="mmdet.FCNMaskHead", in_channels=16, conv_out_channels=16), (3, 16, 14, 14)),
+    "box-head": (
+        dict(type="mmdet.Shared4Conv1FCBBoxHead", in_channels=16, conv_out_channels=16, fc_out_channels=8),
+        (3, 16, 7, 7),
+    ),
+    "retina-head": (
+        dict(type="mmdet.RetinaHead", num_classes=3, in_channels=16, feat_channels=16),
+        PYRAMID + PYRAMID[-1:],
+    ),
+    "fcos-head": (dict(type="mmdet.FCOSHead", num_classes=3, in_channels=16, feat_channels=16), PYRAMID + PYRAMID[-1:]),
+}
+
+
+def inputs(shape):
+    if isinstance(shape, list):
+        return [inputs(s) for s in shape]
+    return torch.randn(shape, requires_grad=True)
+
+
+def evaluating(model):
+    model.eval()  # returns nothing in mmdet's and mmaction2's backbones
+    return model
+
+
+def flat(result):
+    """Every tensor of nested outputs."""
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
+
+
+def shake(model):
+    """Move every norm off its initial ones and zeros: zero-initialized branches would hide what is wrong in them."""
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
+    return model
+
+
+def run(model, x):
+    """Return the outputs and all gradients."""
+    y, leaves = flat(model(x)), [*flat(x), *model.parameters()]
+    for leaf in leaves:
+        leaf.grad = None
+    sum(t.square().mean() for t in y).backward()  # not autograd.grad: the toolkits' checkpointing refuses it
+    return y + [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")  # the stock blocks' checkpointing
+@pytest.mark.parametrize("name", BACKBONES)
+def test_contained_activation_leaves_the_network_what_it_was(name):
+    """GN that contains its ReLU must be the network of GN and ReLU: exactly one ReLU where the stock model has one."""
+    cfg, shape = BACKBONES[name]
+    stock = shake(MODELS.build(cfg | dict(norm_cfg=GN)))
+    ours = MODELS.build(cfg | dict(norm_cfg=GN | dict(act="relu")))
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    x = inputs(shape)
+    for got, want in zip(run(ours, x), run(stock, x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def missing(*names):
+    """Skip where a layer is not there."""
+    absent = [name for name in names if MODELS.get(name) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"normplug has no {', '.join(absent)} yet")
+
+
+evonorms = pytest.mark.parametrize("norm", [pytest.param(n, marks=missing(n)) for n in ("EvoNormS0", "EvoNormB0")])
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU)
+
+
+@evonorms
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+def test_no_activation_follows_an_evonorm_and_every_sum_has_its_relu(name, norm):
+    cfg, shape = BACKBONES[name]
+    model = MODELS.build(cfg | dict(norm_cfg=dict(type=norm)))
+    stock = MODELS.build(cfg | dict(norm_cfg=GN))
+    from_norm = set()
+
+    def watch(model, count):
+        def after_norm(module, args, y):
+            if hasattr(module, "drop_activation") and module.contains_activation:
+                from_norm.add(y.data_ptr())
+                kept.append(y)  # an address is free again once its tensor is gone
+
+        def after_activation(module, args, y):
+            assert args[0].data_ptr() not in from_norm, "two activations in a row"
+            count.append(1)
+
+        kept = []
+        for module in model.modules():
+            if isinstance(module, ACTIVATIONS):
+                module.inplace = False
+                module.register_forward_hook(after_activation)
+            else:
+                module.register_forward_hook(after_norm)
+
+    ours, theirs, evos = [], [], [m for m in model.modules() if hasattr(m, "drop_activation")]
+    watch(model, ours)
+    watch(stock, theirs)
+    with torch.no_grad():
+        model(inputs(shape))
+        stock(inputs(shape))
+    assert evos
+    contained = sum(m.contains_activation for m in evos)
+    if "head" not in name:  # a head's layers run once for each level
+        assert len(ours) + contained == len(theirs)
+
+
+@evonorms
+def test_evonorm_resnet_has_the_names_of_the_stock_resnet(norm):
+    cfg, _ = BACKBONES["r50"]
+    ours, stock = (MODELS.build(cfg | dict(norm_cfg=n)) for n in (dict(type=norm), GN))
+    abbr = ours.norm1_name.removesuffix("1")
+    theirs = {k.replace("gn", abbr) for k in stock.state_dict()}
+    assert theirs <= set(ours.state_dict())
+    assert {k.rpartition(".")[2] for k in set(ours.state_dict()) - theirs} <= {"v", "running_var"}
+    assert not any(k.endswith(".v") for k in ours.state_dict() if f"{abbr}3." in k or "downsample" in k)
+    x = torch.randn(IMAGE)
+    want = evaluating(ours)(x)
+    twin = evaluating(MODELS.build(cfg | dict(norm_cfg=dict(type=norm))))
+    twin.load_state_dict(ours.state_dict(), strict=True)
+    for y, w in zip(twin(x), want, strict=True):
+        torch.testing.assert_close(y, w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["r50", "3d-r18", "box-head", "fpn"])
+def test_adapting_again_changes_nothing_and_copies_are_adapted(name):
+    cfg, shape = BACKBONES[name]
+    model = evaluating(shake(MODELS.build(cfg | dict(norm_cfg=GN | dict(act="relu")))))
+    x, text = inputs(shape), repr(model)
+    want = flat(model(x))
+    assert adapt(nn.Sequential(model))[0] is model
+    for twin in (adapt(model), copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert repr(adapt(twin)) == text
+        assert isinstance(twin, type(model))
+        for got, w in zip(flat(twin(x)), want, strict=True):
+            torch.testing.assert_close(got, w, rtol=0, atol=0)
+    if name == "r50":
+        from mmdet.models.backbones.resnet import Bottleneck, ResNet
+
+        assert isinstance(model.layer1[0], Bottleneck)
+        assert isinstance(model, ResNet)
+
+
+def test_models_without_our_layers_are_not_touched():
+    for name in ("r50", "3d-r18", "fpn"):
+        model = MODELS.build(BACKBONES[name][0] | dict(norm_cfg=dict(type="BN3d" if "3d" in name else "BN")))
+        assert not any(type(m).__module__.startswith("normplug") for m in model.modules())
+
+
+def test_a_class_of_unknown_forward_is_refused_by_name():
+    cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="relu"))
+    with pytest.raises(
+        ValueError, match=r"GroupNorm contains its activation.*layer1\.0.*Bottle2neck.*places_activations"
+    ):
+        MODELS.build(cfg)
+
+
+def test_a_class_may_place_activations_itself(monkeypatch):
+    from mmdet.models.backbones.res2net import Bottle2neck
+
+    monkeypatch.setattr(Bottle2neck, "places_activations", True, raising=False)
+    model = MODELS.build(
+        dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="relu"))
+    )
+    assert model.layer1[0].norm1.act == "relu"
+    assert model.layer1[0].downsample[-1].act == "relu"
+    assert isinstance(model.stem[2], ActivationInNorm)
+
+
+def test_a_users_own_class_is_left_as_it_is():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = MODELS.build(dict(type="GN", num_channels=8, num_groups=2, act="relu"))
+            self.steps = nn.Sequential(nn.Conv2d(8, 8, 1), copy.deepcopy(self.norm), nn.Conv2d(8, 8, 1))
+
+    net = adapt(Net())
+    assert net.norm.act == net.steps[1].act == "relu"
+
+
+def conv_module(**kwargs):
+    return (
+        dict(type="ConvModule", in_channels=8, out_channels=8, kernel_size=1, norm_cfg=GN | dict(act="relu")) | kwargs
+    )
+
+
+def test_conv_module_shows_who_activates():
+    module = MODELS.build(conv_module())
+    assert isinstance(module.activate, ActivationInNorm)
+    assert "ActivationInNorm" in repr(module)
+    assert module.norm.act == "relu"
+    assert MODELS.build(conv_module(act_cfg=None)).norm.act is None
+    pre = MODELS.build(conv_module(order=("norm", "act", "conv")))  # a pre-activation block: the same place
+    assert isinstance(pre.activate, ActivationInNorm)
+
+
+def test_a_gate_is_no_activation_to_replace():
+    module = MODELS.build(conv_module(act_cfg=dict(type="Sigmoid")))
+    assert isinstance(module.activate, nn.Sigmoid)
+    assert module.norm.act is None
+
+
+def test_conv_module_with_the_activation_elsewhere_is_refused():
+    with pytest.raises(ValueError, match=r"order=\('act', 'conv', 'norm'\).*does not follow the norm"):
+        MODELS.build(conv_module(order=("act", "conv", "norm")))
+
+
+# --- the registries
+
+
+def test_every_registry_adapts_once():
+    install()
+    child = Registry("model", parent=MODELS, scope="made_later")
+    for registry in (MODELS, child, *MODELS.children.values()):
+        assert registry.build_func.adapts
+        assert not hasattr(registry.build_func.__wrapped__, "adapts")
+    MODELS.children.pop("made_later")
+
+
+def test_lists_and_other_results_pass_through():
+    sequence = MODELS.build([conv_module(), conv_module(act_cfg=None)])
+    assert isinstance(sequence[0].activate, ActivationInNorm)
+    MODELS.register_module(name="a_dict", module=lambda: {"no": "module"})
+    try:
+        assert MODELS.build(dict(type="a_dict")) == {"no": "module"}
+    finally:
+        MODELS.module_dict.pop("a_dict")
+
+
+@pytest.mark.parametrize("key", ["norm_cfg", "conv_cfg"])
+def test_an_unknown_layer_is_called_by_its_name(key):
+    backbone = dict(type="mmdet.ResNet", depth=18) | {key: dict(type="SN2")}
+    with pytest.raises(KeyError, match=rf"{key}=dict\(type='SN2'\).*custom_imports.*GN"):
+        MODELS.build([dict(type="ConvModule", in_channels=3, out_channels=3, kernel_size=1), backbone])
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mmrotate" else find(name, *a))
+    with pytest.raises(KeyError, match=r"mmrotate, which is not installed.*pip install mmrotate"):
+        MODELS.build(dict(type="mmrotate.OrientedResNet"))
+
+
+# --- 2-D checkpoints in 3-D networks
+
+
+FLAT = dict(
+    conv1_kernel=(1, 7, 7),
+    conv1_stride_t=1,
+    pool1_stride_t=1,
+    inflate=(0, 0, 0, 0),
+    with_pool2=False,
+    zero_init_residual=False,
+    base_channels=8,
+)
+
+
+def save(state, folder):
+    path = folder / "checkpoint.pth"
+    torch.save(state, path)
+    return str(path)
+
+
+def image_network(depth=18, **kwargs):
+    cfg = dict(type="mmdet.ResNet", depth=depth, base_channels=8, out_indices=(3,))
+    return evaluating(shake(MODELS.build(cfg | kwargs)))
+
+
+def clip_network(pretrained, depth=18, **kwargs):
+    model = MODELS.build(dict(type="mmaction.ResNet3d", depth=depth, pretrained=pretrained) | FLAT | kwargs)
+    model.init_weights()
+    return evaluating(model)
+
+
+RECIPES = {
+    "GN": (dict(norm_cfg=GN), dict(norm_cfg=GN)),
+    "SyncBN": (dict(norm_cfg=dict(type="BN")), dict(norm_cfg=dict(type="SyncBN"))),
+    "GN+WS": (
+        dict(norm_cfg=GN, conv_cfg=dict(type="ConvWS")),
+        dict(norm_cfg=GN, conv_cfg=dict(type="ConvWS3d")),
+    ),
+}
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=missing("ConvWS3d") if r == "GN+WS" else ()) for r in RECIPES]
+)
+def test_inflated_network_sees_in_every_frame_what_the_image_network_saw(recipe, depth, tmp_path):
+    flat_cfg, video_cfg = RECIPES[recipe]
+    image = image_network(depth, **flat_cfg)
+    for name, buffer in image.named_buffers():
+        if name.endswith(("mean", "var")):
+            nn.init.uniform_(buffer, 0.5, 2.0)
+    clip = clip_network(save(image.state_dict(), tmp_path), depth, **video_cfg)
+    x = torch.randn(2, 3, 32, 32)
+    want = image(x)[0].unsqueeze(2).expand(-1, -1, 3, -1, -1)
+    got = clip(x.unsqueeze(2).repeat(1, 1, 3, 1, 1))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoint_names_are_torchvisions():
+    import torchvision
+
+    with torch.device("meta"):
+        theirs = {k for k in torchvision.models.resnet50().state_dict() if not k.startswith("fc.")}
+    assert set(image_network(50, norm_cfg=dict(type="BN")).state_dict()) == theirs
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN"])
+def test_temporal_kernels_add_up_to_the_image_kernel_and_the_report_is_complete(norm, tmp_path):
+    image = image_network(50, norm_cfg=dict(type="BN") if norm == "BN" else GN)
+    state = image.state_dict() | {"fc.weight": torch.zeros(5, 64), "fc.bias": torch.zeros(5)}
+    cfg = dict(conv1_kernel=(5, 7, 7), inflate=(1, 1, 1, 1), base_channels=8, zero_init_residual=False)
+    video_norm = dict(type="SyncBN") if norm == "BN" else GN
+    model = MODELS.build(
+        dict(
+            type="mmaction.ResNet3d",
+            depth=50,
+            pretrained=save({"state_dict": state}, tmp_path),
+            norm_cfg=video_norm,
+            **cfg,
+        )
+    )
+    loaded = {}
+    inflate = type(model).inflate_weights
+    type(model).inflate_weights, kept = (lambda self, logger: loaded.update(inflate(self, logger))), inflate
+    try:
+        model.init_weights()
+    finally:
+        type(model).inflate_weights = kept
+    assert set(loaded) == set(model.state_dict())
+    assert set(state) - set(loaded.values()) == {"fc.weight", "fc.bias"}
+    for new, tensor in model.state_dict().items():
+        old = state[loaded[new]]
+        torch.testing.assert_close(tensor.sum(2) if old.ndim == 4 else tensor, old)
+    assert loaded["conv1.conv.weight"] == "conv1.weight"
+    name = "bn" if norm == "BN" else "gn"
+    assert loaded[f"layer2.0.conv3.{name}.bias"] == f"layer2.0.{name}3.bias"
+    assert loaded[f"layer2.0.downsample.{name}.bias"] == "layer2.0.downsample.1.bias"
+
+
+@evonorms
+@pytest.mark.parametrize("source", ["BN", "GN"])
+def test_evonorm_starts_from_another_norms_weight_and_bias(norm, source, tmp_path):
+    image = image_network(50, norm_cfg=dict(type="BN") if source == "BN" else GN)
+    old = image.state_dict()
+    model = clip_network(save(old, tmp_path), 50, norm_cfg=dict(type=norm))
+    own = source.lower()
+    block = model.layer3[0]
+    for layer, name in (
+        (block.conv1.norm, f"{own}1"),
+        (block.conv3.norm, f"{own}3"),
+        (block.downsample.norm, "downsample.1"),
+    ):
+        torch.testing.assert_close(layer.weight, old[f"layer3.0.{name}.weight"])
+        torch.testing.assert_close(layer.bias, old[f"layer3.0.{name}.bias"])
+    assert (block.conv1.norm.v == 1).all()
+    if norm == "EvoNormB0" and source == "BN":
+        torch.testing.assert_close(block.conv1.norm.running_var, old["layer3.0.bn1.running_var"])
+
+
+def test_a_backbone_parameter_without_a_source_is_an_error(tmp_path):
+    state = image_network(18, norm_cfg=GN).state_dict()
+    del state["layer2.0.gn1.weight"], state["layer1.0.conv2.weight"]
+    with pytest.raises(ValueError, match=r"3 of its parameters(.|\n)*layer1\.0\.conv2\.weight is missing") as error:
+        clip_network(save(state, tmp_path), norm_cfg=GN)
+    assert "layer2.0.conv1.gn.weight (16,)" in str(error.value)
+    with pytest.raises(ValueError, match=r"has shape \(8, 3, 7, 7\)"):
+        clip_network(save(image_network(18, norm_cfg=GN).state_dict(), tmp_path), norm_cfg=GN, base_channels=16)
+
+
+def test_detectrons_network_for_bgr_gives_the_same_for_rgb(tmp_path):
+    bgr = image_network(norm_cfg=GN)
+    path = save(bgr.state_dict(), tmp_path)
+    rgb = image_network(norm_cfg=GN, init_cfg=dict(type="Pretrained", checkpoint=f"detectron-as-rgb://{path}"))
+    rgb.init_weights()
+    pixels = torch.randint(0, 256, (2, 3, 40, 48)).float()  # RGB, as a decoder gives them
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    centred = pixels - mean.view(3, 1, 1)
+    want = bgr(centred.flip(1))[0]
+    torch.testing.assert_close(rgb(centred / std.view(3, 1, 1))[0], want, rtol=1e-4, atol=1e-4)
+    clip = clip_network(f"detectron-as-rgb://{path}", norm_cfg=GN)
+    got = clip((centred / std.view(3, 1, 1)).unsqueeze(2).repeat(1, 1, 2, 1, 1))
+    torch.testing.assert_close(got[:, :, 1], want, rtol=1e-3, atol=1e-3)
+
+
+def test_only_an_image_network_can_be_made_rgb(tmp_path):
+    path = save({"conv1.weight": torch.zeros(4, 1, 3, 3)}, tmp_path)
+    with pytest.raises(ValueError, match="0 convolutions with 3 input channels"):
+        clip_network(f"detectron-as-rgb://{path}", norm_cfg=GN)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_zero_init_residual_and_init_of_every_norm_in_3d(depth):
+    model = MODELS.build(dict(type="mmaction.ResNet3d", depth=depth, pretrained=None, base_channels=8, norm_cfg=GN))
+    model.init_weights()
+    shake(model).init_weights()
+    last = "conv2" if depth == 18 else "conv3"
+    for name, module in model.named_modules():
+        if hasattr(module, "norm_name"):
+            assert (module.norm.weight == (0 if name.endswith(last) else 1)).all(), name
+            assert (module.norm.bias == 0).all()
