@@ -9,7 +9,13 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from normplug.openmmlab.checkpoints import CheckpointNormHook
+from normplug.openmmlab.random_state import RandomStateHook
+
 __all__ = ["build_runner", "config_parser", "load_config"]
+
+# What our tools add to every config: checkpoints of another norm are refused, resumed runs go on exactly.
+HOOKS_OF_OURS = (CheckpointNormHook.__name__, RandomStateHook.__name__)
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -51,8 +57,8 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
     hooks = cfg.get("custom_hooks") or []
-    if not any(hook["type"] == "CheckpointNormHook" for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type="CheckpointNormHook")]
+    present = {hook["type"] for hook in hooks}
+    cfg.custom_hooks = [*hooks, *(dict(type=kind) for kind in HOOKS_OF_OURS if kind not in present)]
     return cfg
 
 
