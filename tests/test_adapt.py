@@ -103,6 +103,18 @@ def test_contained_activation_leaves_the_network_what_it_was(name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+def test_checkpointed_blocks_still_run_their_branch_again_in_backward(depth):
+    cfg = dict(type="mmdet.ResNet", depth=depth, base_channels=8, with_cp=True, norm_cfg=GN | dict(act="relu"))
+    model, calls = MODELS.build(cfg), []
+    model.layer2[0].conv2.register_forward_hook(lambda *_: calls.append(1))
+    run(model, inputs(IMAGE))
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(inputs(IMAGE))
+    assert len(calls) == 3
+
+
 def missing(*names):
     """Skip where a layer is not there."""
     absent = [name for name in names if MODELS.get(name) is None]
@@ -438,6 +450,27 @@ def test_only_an_image_network_can_be_made_rgb(tmp_path):
     path = save({"conv1.weight": torch.zeros(4, 1, 3, 3)}, tmp_path)
     with pytest.raises(ValueError, match="0 convolutions with 3 input channels"):
         clip_network(f"detectron-as-rgb://{path}", norm_cfg=GN)
+
+
+def test_a_lateral_connection_adds_nothing_to_an_inflated_pathway(tmp_path):
+    """SlowFast's slow pathway has more input channels than any 2-D network; those of the fast one start at zero."""
+    state = image_network(50, norm_cfg=GN).state_dict()
+    pathway = dict(type="resnet3d", depth=50, base_channels=8, norm_cfg=GN, conv1_kernel=(1, 7, 7), channel_ratio=2)
+    model = MODELS.build(
+        dict(
+            type="mmaction.ResNet3dSlowFast",
+            pretrained=None,
+            channel_ratio=2,
+            slow_pathway=pathway | dict(pretrained=save(state, tmp_path), lateral=True, inflate=(0, 0, 1, 1)),
+            fast_pathway=pathway | dict(pretrained=None, lateral=False, base_channels=4),
+        )
+    )
+    model.init_weights()
+    weight, old = model.slow_path.layer2[0].conv1.conv.weight, state["layer2.0.conv1.weight"]
+    assert weight.shape[1] > old.shape[1]
+    torch.testing.assert_close(weight[:, : old.shape[1]].sum(2), old)
+    assert (weight[:, old.shape[1] :] == 0).all()
+    torch.testing.assert_close(model.slow_path.layer2[0].conv1.norm.weight, state["layer2.0.gn1.weight"])
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -194,7 +194,7 @@ def _has_statistics_to_freeze(module: nn.Module) -> bool:
 
 
 def _keeps_other_statistics(layer: nn.Module) -> bool:
-    return _is_ours(layer) and not isinstance(layer, _BatchNorm) and "running_var" in layer._buffers
+    return _is_ours(layer) and not isinstance(layer, _BatchNorm) and layer._buffers.get("running_var") is not None
 
 
 # --- whose class is it?

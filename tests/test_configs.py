@@ -1,0 +1,247 @@
+"""Every config in configs/: it loads, builds, and learns from one small batch; and the claims that its name makes."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import normplug  # noqa: F401
+
+pytest.importorskip("mmdet.models")
+pytest.importorskip("mmaction.models")
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENTS = sorted(f for f in CONFIGS.rglob("*.py") if "_base_" not in f.parts)
+each_config = pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: str(f.relative_to(CONFIGS).with_suffix("")))
+
+
+def load(file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mmengine imports pkg_resources
+        return Config.fromfile(file)
+
+
+def without_checkpoints(cfg):
+    """Drop every path to pre-trained weights: nothing is downloaded."""
+    if isinstance(cfg, dict):
+        for key in list(cfg):
+            if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
+                cfg[key] = None
+            else:
+                without_checkpoints(cfg[key])
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            without_checkpoints(value)
+
+
+def build(cfg):
+    model = cfg.model.copy()
+    without_checkpoints(model)
+    if "rcnn" in (model.get("train_cfg") or {}):  # 1024 RoIs take minutes on a CPU
+        model.train_cfg.rcnn.sampler.num = 16
+        model.train_cfg.rpn_proposal.max_per_img = 64
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(model)
+
+
+def batch(cfg):
+    """Two samples: images of two objects each, or clips of two classes."""
+    if cfg.default_scope == "mmaction":
+        from mmaction.structures import ActionDataSample
+
+        inputs = [torch.randint(0, 256, (1, 3, 8, 32, 32), dtype=torch.uint8) for _ in range(2)]
+        samples = [ActionDataSample(metainfo=dict(img_shape=(32, 32))).set_gt_label(label) for label in range(2)]
+        return dict(inputs=inputs, data_samples=samples)
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    samples = []
+    for _ in range(2):
+        masks = np.zeros((2, 64, 64), dtype=np.uint8)
+        masks[0, 4:36, 4:40] = 1
+        masks[1, 20:60, 30:62] = 1
+        truth = InstanceData(
+            bboxes=torch.tensor([[4.0, 4, 40, 36], [30, 20, 62, 60]]),
+            labels=torch.tensor([0, 1]),
+            masks=BitmapMasks(masks, 64, 64),
+        )
+        shapes = dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64), scale_factor=(1.0, 1.0))
+        samples.append(DetDataSample(metainfo=shapes, gt_instances=truth))
+    return dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)], data_samples=samples)
+
+
+@each_config
+def test_config_builds_and_learns(file):
+    cfg = load(file)
+    model = build(cfg).train()
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        losses = model(**model.data_preprocessor(batch(cfg), training=True), mode="loss")
+        loss, _ = model.parse_losses(losses)
+    loss.backward()
+    assert loss.isfinite()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+    norms = [cfg for cfg in norm_cfgs(cfg.model) if "_scope_" not in cfg]
+    names = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("normplug.layers.")}
+    assert {MODELS.get(n["type"]).__name__ for n in norms if n["type"] not in ("BN", "BN3d")} <= names
+
+
+def norm_cfgs(cfg):
+    if isinstance(cfg, dict):
+        for key, value in cfg.items():
+            if key in ("norm_cfg", "conv_cfg") and value and value["type"] not in ("Conv2d", "Conv3d"):
+                yield value
+            else:
+                yield from norm_cfgs(value)
+
+
+@each_config
+def test_config_says_what_it_is(file):
+    text = file.read_text()
+    assert text.startswith("#"), "a config begins with what it is"
+    cfg = load(file)
+    assert "normplug" in cfg.custom_imports["imports"]
+    if "digits" not in file.parts:
+        assert "# Published: " in text, (
+            "a config of COCO or Kinetics names the number it aims at, or says there is none"
+        )
+        assert "# Cost: " in text
+        gpus, images = (4, 4) if "4xb4" in file.stem else (8, 8) if "8xb8" in file.stem else (8, 2)
+        assert cfg.train_dataloader.batch_size == images
+        assert cfg.auto_scale_lr.base_batch_size == gpus * images
+        assert f"{gpus} GPUs x {images}" in text or "as the 2x file" in text
+
+
+def differences(ours, theirs, path=""):
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(set(ours) | set(theirs)):
+            yield from differences(ours.get(key), theirs.get(key), f"{path}.{key}".strip("."))
+    elif ours != theirs:
+        yield path
+
+
+SAME = {
+    "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn_1x_coco": ("mmdet", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco"),
+    "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn_2x_coco": ("mmdet", "mask_rcnn/mask-rcnn_r50_fpn_2x_coco"),
+    "mask_rcnn/mask-rcnn_r50_fpn_gn-all_2x_coco": ("mmdet", "gn/mask-rcnn_r50_fpn_gn-all_2x_coco"),
+    "mask_rcnn/mask-rcnn_r50_fpn_gn-ws-all_2x_coco": ("mmdet", "gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco"),
+    "mask_rcnn/mask-rcnn_r50_fpn_gn-ws-all_20-23-24e_coco": (
+        "mmdet",
+        "gn+ws/mask-rcnn_r50_fpn_gn-ws-all_20-23-24e_coco",
+    ),
+    "i3d/i3d_r50_bn_8xb8-32x2x1-100e_kinetics400-rgb": (
+        "mmaction",
+        "recognition/i3d/i3d_imagenet-pretrained-r50_8xb8-32x2x1-100e_kinetics400-rgb",
+    ),
+}
+# GN follows the paper: weight and bias of its norms are not decayed; mmdet's config decays them.
+ALLOWED = {"mask_rcnn/mask-rcnn_r50_fpn_gn-all_2x_coco": {"optim_wrapper.paramwise_cfg"}}
+
+
+def plain(cfg):
+    """Drop the scope that mmengine writes into everything inherited from a package."""
+    if isinstance(cfg, dict):
+        return {key: plain(value) for key, value in cfg.items() if key != "_scope_"}
+    return [plain(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_config_is_the_toolkits_own_but_for_what_it_says(name):
+    import importlib
+
+    toolkit, path = SAME[name]
+    stock = Path(importlib.import_module(toolkit).__file__).parent / ".mim" / "configs" / f"{path}.py"
+    ours, theirs = (plain(load(file).to_dict()) for file in (CONFIGS / f"{name}.py", stock))
+    assert set(differences(ours, theirs)) == {"custom_imports"} | ALLOWED.get(name, set())
+    if name in ALLOWED:
+        assert ours["optim_wrapper"]["paramwise_cfg"] == dict(norm_decay_mult=0.0)
+
+
+# What separates an experiment from its control, and nothing else.
+CONTROLS = {
+    "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn-4conv1fc_1x_coco": (
+        "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn_1x_coco",
+        {"model.roi_head.bbox_head.type", "model.roi_head.bbox_head.conv_out_channels"},
+    ),
+    "mask_rcnn/mask-rcnn_r50_fpn_syncbn-all_1x_coco": (
+        "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn-4conv1fc_1x_coco",
+        {
+            "norm_cfg",
+            "model.backbone.norm_cfg.type",
+            "model.backbone.norm_eval",
+            "model.neck.norm_cfg",
+            "model.roi_head.bbox_head.norm_cfg",
+            "model.roi_head.mask_head.norm_cfg",
+        },
+    ),
+    "mask_rcnn/mask-rcnn_r50_fpn_evonorm-s0-head_1x_coco": (
+        "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn-4conv1fc_1x_coco",
+        {"norm_cfg", "model.neck.norm_cfg", "model.roi_head.bbox_head.norm_cfg", "model.roi_head.mask_head.norm_cfg"},
+    ),
+    "mask_rcnn/mask-rcnn_r50_fpn_cbn-head_4xb4-1x_coco": (
+        "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn-4conv1fc_1x_coco",
+        {
+            "norm_cfg",
+            "model.neck.norm_cfg",
+            "model.roi_head.bbox_head.norm_cfg",
+            "model.roi_head.mask_head.norm_cfg",
+            "train_dataloader.batch_size",
+            "optim_wrapper.clip_grad",
+            "param_scheduler",
+        },
+    ),
+    "i3d/i3d_r50_syncbn_8xb8-32x2x1-100e_kinetics400-rgb": (
+        "i3d/i3d_r50_bn_8xb8-32x2x1-100e_kinetics400-rgb",
+        {"model.backbone.norm_cfg"},
+    ),
+    "i3d/i3d_r50_gn_8xb8-32x2x1-100e_kinetics400-rgb": (
+        "i3d/i3d_r50_bn_8xb8-32x2x1-100e_kinetics400-rgb",
+        {"model.backbone.norm_cfg", "model.backbone.pretrained", "optim_wrapper.paramwise_cfg"},
+    ),
+    "i3d/i3d_r50_gn-ws_8xb8-32x2x1-100e_kinetics400-rgb": (
+        "i3d/i3d_r50_gn_8xb8-32x2x1-100e_kinetics400-rgb",
+        {"model.backbone.conv_cfg.type", "model.backbone.pretrained"},
+    ),
+    "i3d/i3d_r50_evonorm-s0_8xb8-32x2x1-100e_kinetics400-rgb": (
+        "i3d/i3d_r50_gn_8xb8-32x2x1-100e_kinetics400-rgb",
+        {"model.backbone.norm_cfg.type", "model.backbone.norm_cfg.num_groups", "param_scheduler"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_config_differs_from_its_control_in_the_experiment_alone(name):
+    control, expected = CONTROLS[name]
+    ours, theirs = (plain(load(CONFIGS / f"{n}.py").to_dict()) for n in (name, control))
+    assert set(differences(ours, theirs)) == expected
+
+
+def test_burn_in_of_cbn_is_eight_epochs():
+    """117,266 images of train2017 have objects; each layer is called once in an iteration of 4 x 4 images."""
+    cfg = load(CONFIGS / "mask_rcnn/mask-rcnn_r50_fpn_cbn-head_4xb4-1x_coco.py")
+    per_gpu = -(-117266 // 4)
+    assert cfg.model.neck.norm_cfg.burnin == 8 * -(-per_gpu // cfg.train_dataloader.batch_size)
+
+
+def test_no_experiment_is_left_out_of_the_comparisons():
+    compared = set(SAME) | set(CONTROLS)
+    for file in EXPERIMENTS:
+        if "digits" not in file.parts:
+            assert str(file.relative_to(CONFIGS).with_suffix("")) in compared
+
+
+def test_batch_norms_of_the_frozen_configs_stay_in_eval_mode():
+    model = build(load(CONFIGS / "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn_1x_coco.py")).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 53
+    assert not any(m.training for m in norms)
+    assert not any(p.requires_grad for p in model.backbone.layer1.parameters())
+    assert all(p.requires_grad for p in model.backbone.layer2.parameters())
