@@ -31,6 +31,7 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
+import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
 
 __all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load"]
@@ -325,13 +326,13 @@ def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 def _norms(state_dict: dict[str, Tensor]) -> dict[str, tuple[frozenset, int]]:
     """Which running statistics each norm has, and its number of channels, by the norm's name."""
-    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in state_dict.items():
         if isinstance(value, Tensor):
             layer, _, leaf = key.rpartition(".")
-            layers[layer][leaf] = value
+            states[layer][leaf] = value
     norms = {}
-    for layer, state in layers.items():
+    for layer, state in states.items():
         vectors = [state[leaf] for leaf in ("weight", "bias", *sorted(_STATISTICS)) if leaf in state]
         # A norm's tensors hold one number per channel, (C,) or (1, C, 1, 1); a convolution's weight does not.
         channels = {v.numel() if v.ndim == 1 or (v.ndim > 2 and v.shape[1] == v.numel()) else -1 for v in vectors}
@@ -341,9 +342,17 @@ def _norms(state_dict: dict[str, Tensor]) -> dict[str, tuple[frozenset, int]]:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Where a norm sits, whatever it is called: ``backbone.layer1.0.bn2`` and ``...gn2`` are one place."""
+    """Where a norm sits, whatever its kind: ``backbone.layer1.0.bn2`` and ``...gn2`` are one place."""
     parent, _, own = name.rpartition(".")
-    return parent, own[len(own.rstrip("0123456789")) :]
+    kind = own.rstrip("0123456789")
+    return (parent, own.removeprefix(kind)) if kind in _kinds_in_names() else (parent, own)
+
+
+@functools.cache
+def _kinds_in_names() -> frozenset[str]:
+    """What norms are called in backbones and heads: mmcv's abbreviations, and those of our layers."""
+    ours = {getattr(getattr(layers, name), "_abbr_", "norm_layer") for name in layers.__all__}
+    return frozenset({"bn", "gn", "ln", "in", "norm_layer"} | ours)
 
 
 @HOOKS.register_module()
