@@ -21,6 +21,7 @@ class Case:
     id: str = ""
     training: bool = True  # the mode whose formula this is
     single: bool = True  # defined for a single value per channel and sample
+    condition: int = 1  # by how much the formula enlarges rounding errors, the float64 oracle's own included
 
     def __str__(self) -> str:
         return self.id or self.layer
@@ -45,10 +46,46 @@ def group_norm(num_groups, act=lambda z: z):
     return formula
 
 
+def affine(x, weight, bias):
+    return x * channelwise(weight, x) + channelwise(bias, x)
+
+
+def variance(x, dims):
+    return (x - x.mean(dims, keepdim=True)).square().mean(dims, keepdim=True)
+
+
+def evonorm_s0(num_groups, eps=1e-5):
+    def formula(x, weight, bias, v):
+        groups = x.unflatten(1, (num_groups, -1))
+        std = (variance(groups, tuple(range(2, groups.ndim))) + eps).sqrt()
+        gated = (x * torch.sigmoid(channelwise(v, x) * x)).unflatten(1, (num_groups, -1))
+        return affine((gated / std).flatten(1, 2), weight, bias)
+
+    return formula
+
+
+def evonorm_b0(batch_var=None, eps=1e-5):
+    def formula(x, weight, bias, v):
+        maps = x.reshape(*x.shape[:2], x.shape[2:].numel())  # without spatial axes an instance is one value
+        batch = variance(maps, (0, 2)) if batch_var is None else torch.full_like(maps[:1, :, :1], batch_var)
+        instance = (variance(maps, (2,)) + eps).sqrt()
+        divisor = torch.maximum((batch + eps).sqrt(), channelwise(v, maps) * maps + instance)
+        return affine((maps / divisor).reshape(x.shape), weight, bias)
+
+    return formula
+
+
 # Groups of two values are left out: x̂ is ±1 there and its gradient a difference of rounding errors.
 CASES = [
     Case("GN", group_norm(2), {"num_groups": 2}),
     Case("GN", group_norm(1), {"channels_per_group": 6}, id="GN-by-size"),
     Case("GN", group_norm(1, torch.relu), {"num_groups": 1, "act": "relu"}, id="GN-relu"),
     Case("GN", group_norm(2, torch.nn.functional.silu), {"num_groups": 2, "act": "silu"}, id="GN-silu"),
+    Case("EvoNormS0", evonorm_s0(2), {"num_groups": 2}),
+    Case("EvoNormS0", evonorm_s0(1), {"channels_per_group": 6}, id="EvoNormS0-by-size"),
+    Case("EvoNormS0", affine, {"apply_act": False}, id="EvoNormS0-affine"),
+    # For v < 0 the divisor v x + std cancels.
+    Case("EvoNormB0", evonorm_b0(), single=False, condition=4),
+    Case("EvoNormB0", evonorm_b0(batch_var=1.0), training=False, id="EvoNormB0-eval", condition=4),
+    Case("EvoNormB0", affine, {"apply_act": False}, id="EvoNormB0-affine"),
 ]

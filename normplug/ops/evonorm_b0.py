@@ -1,0 +1,180 @@
+"""evonorm_b0: x divided by the larger of its batch's deviation and v * x plus its instance's deviation."""
+
+import torch
+from torch import Tensor
+
+from normplug.ops._blocks import blocks, planes
+from normplug.ops._common import acc_dtype, dense
+
+__all__ = ["evonorm_b0"]
+
+
+def evonorm_b0(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    v: Tensor,
+    batch_var: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Return x / max(sqrt(batch_var + eps), v * x + sqrt(instance_var + eps)) * weight + bias, and batch_var.
+
+    Both variances are population variances with eps inside the root: batch_var over the samples and positions of a
+    channel, instance_var over the positions of one sample's channel. Nothing is subtracted from x.
+
+    Args:
+        x: Input (N, C, *), with any number of axes behind C; empty batches are fine.
+        weight: Scale per channel (C,), or None for 1.
+        bias: Shift per channel (C,), or None for 0.
+        v: Slope per channel (C,).
+        batch_var: A constant to use in place of the variance of this batch (C,), as in evaluation.
+        eps: Added to both variances.
+
+    Returns:
+        y with shape, dtype and memory format of x, and the variance used (C,), float32 or wider, without gradient;
+        that of an empty batch is 0.
+
+    Raises:
+        ValueError: If x has no channel axis.
+
+    Reference:
+        H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"evonorm_b0 expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
+    y, _, _, var = _op(dense(x), weight, bias, v, batch_var, eps)
+    return y, var.detach()
+
+
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor, batch_var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Map x (N, C, *) to y, laid out as x, mean and std with eps (N, C) of instances, and the batch variance (C,)."""
+    y, wide = torch.empty_like(x), acc_dtype(x)
+    x3, y3 = planes(x), planes(y)
+    n, c, p = x3.shape
+    mean, var = (torch.zeros(n, c, dtype=wide, device=x.device) for _ in range(2))
+    v, weight, bias = (None if t is None else t.to(wide).view(c, 1) for t in (v, weight, bias))
+    for ns, cs in blocks(x3):
+        xb = x3[ns, cs].to(wide)
+        m = xb.sum(2, keepdim=True).div_(p)
+        mean[ns, cs] = m.squeeze(2)
+        t = xb - m
+        var[ns, cs] = t.mul_(t).sum(2).div_(p)
+    if batch_var is not None:
+        total = batch_var.to(wide, copy=True)
+    elif x3.numel() == 0:
+        total = torch.zeros(c, dtype=wide, device=x.device)
+    else:  # the mean of the instances' variances and the variance of their means
+        total = var.mean(0) + (mean - mean.mean(0)).square_().mean(0)
+    std, bound = (var + eps).sqrt_(), (total + eps).sqrt_().view(c, 1)
+    for ns, cs in blocks(x3):
+        xb = x3[ns, cs].to(wide)
+        t = torch.mul(xb, v[cs]).add_(std[ns, cs].unsqueeze(2))
+        t = torch.div(xb, torch.maximum(t, bound[cs], out=t), out=t)
+        if weight is not None:
+            t.mul_(weight[cs])
+        y3[ns, cs] = t if bias is None else t.add_(bias[cs])
+    return y, mean, std, total
+
+
+_op = torch.library.custom_op("normplug::evonorm_b0", reference, mutates_args=())
+
+
+@_op.register_fake
+def _(x, weight, bias, v, batch_var, eps):
+    stats = x.new_empty(x.shape[:2], dtype=acc_dtype(x))
+    return torch.empty_like(x), stats, torch.empty_like(stats), stats.new_empty(x.shape[1])
+
+
+def reference_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    batch_var: Tensor,
+    weight: Tensor | None,
+    v: Tensor,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias and v (C,).
+
+    With L and t the roots of batch and instance variance, D the larger of L and v x + t, and sums over the values
+    for which the larger one is L or is not,
+
+        dx = weight * dy * (L or t) / D² - (x - mean) / (P t) * sum_not - (x - batch_mean) / (N P L) * sum_L
+
+    of weight * dy * x / D²; a constant L has no third term.
+    """
+    dx, wide = torch.empty_like(x), mean.dtype
+    x3, dx3, dy3 = planes(x), planes(dx), planes(dy)
+    n, c, p = x3.shape
+    dbias, dweight, above, below, dv = (torch.zeros(n, c, dtype=wide, device=x.device) for _ in range(5))
+    v = v.to(wide).view(c, 1)
+    weight = torch.ones_like(v) if weight is None else weight.to(wide).view(c, 1)
+    bound = (batch_var + eps).sqrt_().view(c, 1)
+
+    def divisor(xb, ns, cs):
+        d = torch.mul(xb, v[cs]).add_(std[ns, cs].unsqueeze(2))
+        is_above = torch.gt(d, bound[cs])
+        return torch.maximum(d, bound[cs], out=d), is_above
+
+    for ns, cs in blocks(x3):
+        xb, gb = x3[ns, cs].to(wide), dy3[ns, cs].to(wide)
+        d, is_above = divisor(xb, ns, cs)
+        t = torch.div(xb, d).mul_(gb)
+        dbias[ns, cs], dweight[ns, cs] = gb.sum(2), t.sum(2)
+        t.div_(d)
+        rest = t.masked_fill(is_above, 0)
+        below[ns, cs] = rest.sum(2)
+        t.sub_(rest)
+        above[ns, cs] = t.sum(2)
+        dv[ns, cs] = t.mul_(xb).sum(2)
+    w = weight.view(c)
+    # (x - mean) * a + (x - batch_mean) * b = (x - mean) * (a + b) + (mean - batch_mean) * b, without cancellation
+    slope, shift = -w * above / (p * std), torch.zeros_like(mean)
+    if training:
+        by_batch = -w * below.sum(0) / (n * p * bound.view(c))
+        slope += by_batch
+        shift += by_batch * (mean - mean.mean(0))
+    for ns, cs in blocks(x3):
+        xb, gb = x3[ns, cs].to(wide), dy3[ns, cs].to(wide)
+        d, is_above = divisor(xb, ns, cs)
+        t = torch.where(is_above, std[ns, cs].unsqueeze(2), bound[cs])
+        t.div_(d).div_(d).mul_(gb).mul_(weight[cs])
+        torch.sub(xb, mean[ns, cs].unsqueeze(2), out=d)
+        dx3[ns, cs] = t.addcmul_(d, slope[ns, cs].unsqueeze(2)).add_(shift[ns, cs].unsqueeze(2))
+    return dx, dweight.sum(0), dbias.sum(0), -w * dv.sum(0)
+
+
+_backward_op = torch.library.custom_op("normplug::evonorm_b0_backward", reference_backward, mutates_args=())
+
+
+@_backward_op.register_fake
+def _(dy, x, mean, std, batch_var, weight, v, eps, training):
+    per_c = x.new_empty(x.shape[1], dtype=mean.dtype)
+    return torch.empty_like(x), per_c, torch.empty_like(per_c), torch.empty_like(per_c)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, v, batch_var, ctx.eps = inputs
+    ctx.training = batch_var is None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, *output[1:], weight, v)
+
+
+def _backward(ctx, dy: Tensor, _dmean, _dstd, _dvar):  # the variance leaves this file detached
+    x, mean, std, var, weight, v = ctx.saved_tensors
+    dx, dweight, dbias, dv = _backward_op(dy, x, mean, std, var, weight, v, ctx.eps, ctx.training)
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        dv.to(v.dtype),
+        None,
+        None,
+    )
+
+
+_op.register_autograd(_backward, setup_context=_save)

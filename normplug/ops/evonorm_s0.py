@@ -1,0 +1,161 @@
+"""evonorm_s0: x * sigmoid(v * x) divided by the standard deviation of its group."""
+
+import torch
+from torch import Tensor
+
+from normplug.ops._blocks import blocks, planes
+from normplug.ops._common import acc_dtype, dense
+
+__all__ = ["evonorm_s0"]
+
+
+def evonorm_s0(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    v: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return x * sigmoid(v * x) / sqrt(var + eps) * weight + bias.
+
+    The variance (population, eps inside the root) runs over C / num_groups channels and all positions of one
+    sample. Nothing is subtracted from x.
+
+    Args:
+        x: Input (N, C, *), with any number of axes behind C; empty batches are fine.
+        num_groups: Number of groups; divides C.
+        weight: Scale per channel (C,), or None for 1.
+        bias: Shift per channel (C,), or None for 0.
+        v: Slope of the sigmoid per channel (C,).
+        eps: Added to the variance.
+
+    Returns:
+        A tensor with shape, dtype and memory format of x; everything in between is computed in float32 (float64
+        for a float64 x).
+
+    Raises:
+        ValueError: If x has no channel axis or num_groups does not divide C.
+
+    Reference:
+        H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"evonorm_s0 expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(
+            f"evonorm_s0 cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
+            f"Use a number of groups that divides {x.shape[1]}."
+        )
+    return _op(dense(x), num_groups, weight, bias, v, eps)[0]
+
+
+def _spread(stats: Tensor, channels: int) -> Tensor:
+    """Repeat statistics (N, G) of groups for each of their channels: (N, C, 1)."""
+    return stats.repeat_interleave(channels // stats.shape[1], 1).unsqueeze(2)
+
+
+def _of_groups(sums: Tensor, num_groups: int) -> Tensor:
+    """Add sums (N, C) or (N, C, P) up over the channels of each group: (N, G)."""
+    return sums.unflatten(1, (num_groups, -1)).sum(tuple(range(2, sums.ndim + 1)))
+
+
+def reference(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, v: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Map x (N, C, *) to y, laid out as x, and the mean and 1/std (N, G) that backward needs."""
+    y, wide = torch.empty_like(x), acc_dtype(x)
+    x3, y3 = planes(x), planes(y)
+    n, c, p = x3.shape
+    size = c // num_groups
+    mean, rstd = (torch.zeros(n, num_groups, dtype=wide, device=x.device) for _ in range(2))
+    v, weight, bias = (None if t is None else t.to(wide).view(c, 1) for t in (v, weight, bias))
+    for ns, cs in blocks(x3, size):
+        xb = x3[ns, cs].to(wide)
+        groups = xb.shape[1] // size
+        m = _of_groups(xb, groups) / (size * p)
+        t = xb - _spread(m, xb.shape[1])
+        r = (_of_groups(t.mul_(t), groups) / (size * p)).add_(eps).rsqrt_()
+        gs = slice(cs.start // size, cs.start // size + groups)
+        mean[ns, gs], rstd[ns, gs] = m, r
+        scale = _spread(r, xb.shape[1])
+        t = torch.mul(xb, v[cs], out=t).sigmoid_().mul_(xb).mul_(scale if weight is None else scale * weight[cs])
+        y3[ns, cs] = t if bias is None else t.add_(bias[cs])
+    return y, mean, rstd
+
+
+_op = torch.library.custom_op("normplug::evonorm_s0", reference, mutates_args=())
+
+
+@_op.register_fake
+def _(x, num_groups, weight, bias, v, eps):
+    stats = x.new_empty(x.shape[0], num_groups, dtype=acc_dtype(x))
+    return torch.empty_like(x), stats, torch.empty_like(stats)
+
+
+def reference_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias and v (C,).
+
+    With s = sigmoid(v x), a = weight * dy, h = x s rstd and the mean over a group,
+
+        dx = rstd * (a * s * (1 + v x (1 - s)) - x̂ * mean(a * h))
+    """
+    dx, wide = torch.empty_like(x), mean.dtype
+    x3, dx3, dy3 = planes(x), planes(dx), planes(dy)
+    n, c, p = x3.shape
+    num_groups = mean.shape[1]
+    size = c // num_groups
+    dbias, dweight, dv = (torch.zeros(n, c, dtype=wide, device=x.device) for _ in range(3))
+    v = v.to(wide).view(c, 1)
+    weight = torch.ones_like(v) if weight is None else weight.to(wide).view(c, 1)
+    for ns, cs in blocks(x3, size):
+        xb, gb = x3[ns, cs].to(wide), dy3[ns, cs].to(wide)
+        channels = xb.shape[1]
+        gs = slice(cs.start // size, (cs.start + channels) // size)
+        r = _spread(rstd[ns, gs], channels)
+        s = torch.mul(xb, v[cs]).sigmoid_()
+        rest = s * xb
+        t = gb * rest
+        torch.sub(xb, rest, out=rest)  # x (1 - s)
+        sums = t.sum(2, keepdim=True) * r
+        dbias[ns, cs], dweight[ns, cs] = gb.sum(2), sums.squeeze(2)
+        dv[ns, cs] = (t.mul_(rest).sum(2, keepdim=True) * r * weight[cs]).squeeze(2)
+        m = _of_groups(sums * weight[cs], channels // size) / (size * p)
+        slope = _spread(m, channels) * r * r
+        direct = rest.mul_(v[cs]).add_(1).mul_(s).mul_(gb).mul_(r * weight[cs])
+        torch.sub(xb, _spread(mean[ns, gs], channels), out=t)
+        dx3[ns, cs] = direct.addcmul_(t, slope, value=-1)
+    return dx, dweight.sum(0), dbias.sum(0), dv.sum(0)
+
+
+_backward_op = torch.library.custom_op("normplug::evonorm_s0_backward", reference_backward, mutates_args=())
+
+
+@_backward_op.register_fake
+def _(dy, x, mean, rstd, weight, v):
+    per_c = x.new_empty(x.shape[1], dtype=mean.dtype)
+    return torch.empty_like(x), per_c, torch.empty_like(per_c), torch.empty_like(per_c)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, _, weight, bias, v, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, output[1], output[2], weight, v)
+
+
+def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
+    x, mean, rstd, weight, v = ctx.saved_tensors
+    dx, dweight, dbias, dv = _backward_op(dy, x, mean, rstd, weight, v)
+    return (
+        dx,
+        None,
+        None if weight is None else dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        dv.to(v.dtype),
+        None,
+    )
+
+
+_op.register_autograd(_backward, setup_context=_save)
