@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, Registry
 from torch import nn
 
@@ -15,7 +16,8 @@ mmdet = pytest.importorskip("mmdet.models")
 mmaction = pytest.importorskip("mmaction.models")
 
 GN = dict(type="GN", num_groups=4)
-PLUGIN = dict(cfg=dict(type="ContextBlock", ratio=1 / 4), stages=(True, True, True, True), position="after_conv3")
+PLUGIN = dict(cfg=dict(type="ContextBlock", ratio=1 / 4), stages=(True, True), position="after_conv3")
+TWO_STAGES = dict(base_channels=8, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1))
 HRNET = {
     f"stage{i}": dict(
         num_modules=1,
@@ -29,15 +31,25 @@ HRNET = {
 REGNET = dict(w0=16, wa=24.48, wm=2.0, group_w=8, depth=5, bot_mul=1.0)
 IMAGE, CLIP = (2, 3, 32, 32), (2, 3, 4, 32, 32)
 PYRAMID = [(2, 16, 16 // 2**i, 16 // 2**i) for i in range(4)]
-VIDEO = dict(pretrained=None, base_channels=8)
+VIDEO = dict(
+    pretrained=None,
+    base_channels=8,
+    num_stages=2,
+    stage_blocks=(1, 2),
+    spatial_strides=(1, 2),
+    temporal_strides=(1, 1),
+    dilations=(1, 1),
+    inflate=(1, 1),
+    out_indices=(0, 1),
+)
 BACKBONES = {
-    "r18": (dict(type="mmdet.ResNet", depth=18, base_channels=8), IMAGE),
-    "r50": (dict(type="mmdet.ResNet", depth=50, base_channels=8), IMAGE),
-    "r50-caffe": (dict(type="mmdet.ResNet", depth=50, base_channels=8, style="caffe"), IMAGE),
-    "r50-plugins": (dict(type="mmdet.ResNet", depth=50, base_channels=8, plugins=[PLUGIN]), IMAGE),
-    "r18-checkpointed": (dict(type="mmdet.ResNet", depth=18, base_channels=8, with_cp=True), IMAGE),
-    "r50v1d": (dict(type="mmdet.ResNetV1d", depth=50, base_channels=8), IMAGE),
-    "x50": (dict(type="mmdet.ResNeXt", depth=50, groups=2, base_width=4, base_channels=8), IMAGE),
+    "r18": (dict(type="mmdet.ResNet", depth=18, **TWO_STAGES), IMAGE),
+    "r50": (dict(type="mmdet.ResNet", depth=50, **TWO_STAGES), IMAGE),
+    "r50-caffe": (dict(type="mmdet.ResNet", depth=50, **TWO_STAGES, style="caffe"), IMAGE),
+    "r50-plugins": (dict(type="mmdet.ResNet", depth=50, **TWO_STAGES, plugins=[PLUGIN]), IMAGE),
+    "r18-checkpointed": (dict(type="mmdet.ResNet", depth=18, **TWO_STAGES, with_cp=True), IMAGE),
+    "r50v1d": (dict(type="mmdet.ResNetV1d", depth=50, **TWO_STAGES), IMAGE),
+    "x50": (dict(type="mmdet.ResNeXt", depth=50, groups=2, base_width=4, **TWO_STAGES), IMAGE),
     "regnet": (dict(type="mmdet.RegNet", arch=REGNET), IMAGE),
     "hrnet": (dict(type="mmdet.HRNet", extra=HRNET), IMAGE),
     "fpn": (dict(type="mmdet.FPN", in_channels=[16] * 4, out_channels=16, num_outs=5), PYRAMID),
@@ -383,13 +395,7 @@ def test_temporal_kernels_add_up_to_the_image_kernel_and_the_report_is_complete(
             **cfg,
         )
     )
-    loaded = {}
-    inflate = type(model).inflate_weights
-    type(model).inflate_weights, kept = (lambda self, logger: loaded.update(inflate(self, logger))), inflate
-    try:
-        model.init_weights()
-    finally:
-        type(model).inflate_weights = kept
+    loaded = model.inflate_weights(MMLogger.get_current_instance())
     assert set(loaded) == set(model.state_dict())
     assert set(state) - set(loaded.values()) == {"fc.weight", "fc.bias"}
     for new, tensor in model.state_dict().items():
