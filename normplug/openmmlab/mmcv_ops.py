@@ -190,6 +190,13 @@ def _class_weight(weight: Tensor, target: Tensor) -> Tensor | float:
     return torch.where(known, _wide(weight)[target.clamp(0, len(weight) - 1)], 1.0)
 
 
+def _balanced(loss: Tensor, positive: Tensor, weight: Tensor, target: Tensor, alpha: float) -> Tensor:
+    """``loss`` (N, C) times alpha for the target class, 1 - alpha for the others, and the row's class weight."""
+    row = _class_weight(weight, target)
+    loss = loss * (row[:, None] if isinstance(row, Tensor) else row)
+    return torch.where(positive, alpha * loss, (1 - alpha) * loss)
+
+
 def _sigmoid_terms(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Each logit's probability of being right, its log, and which logits are positive. The log comes from the
     # logit: mmcv's kernel takes it of the rounded probability, which is 0 or 1 beyond logits of about 17.
@@ -207,20 +214,18 @@ def sigmoid_focal_loss_forward(
     a is ``alpha`` for the target class and 1 - ``alpha`` for the others; a target outside [0, C) is background.
     """
     p, log_p, positive = _sigmoid_terms(input, target)
-    balance = torch.where(positive, alpha, 1 - alpha)
-    row = _class_weight(weight, target)
-    output.copy_(-balance * (1 - p).pow(gamma) * log_p * (row[:, None] if isinstance(row, Tensor) else row))
+    output.copy_(_balanced(-(1 - p).pow(gamma) * log_p, positive, weight, target, alpha))
 
 
 @_op
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
+    """Fill ``grad_input`` with the loss's gradient to the logits."""
     p, log_p, positive = _sigmoid_terms(input, target)
-    balance = torch.where(positive, alpha, alpha - 1)  # the sign: a negative's p falls with its logit
-    row = _class_weight(weight, target)
     slope = (1 - p).pow(gamma) * (gamma * p * log_p - (1 - p))
-    grad_input.copy_(balance * slope * (row[:, None] if isinstance(row, Tensor) else row))
+    slope = torch.where(positive, slope, -slope)  # a negative's p falls with its logit
+    grad_input.copy_(_balanced(slope, positive, weight, target, alpha))
 
 
 def _softmax_terms(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
