@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,6 +22,7 @@ class Case:
     id: str = ""
     training: bool = True  # the mode whose formula this is
     single: bool = True  # defined for a single value per channel and sample
+    pairs: bool = True  # fit to compare on two values per channel; else x̂ is ±1 there, whatever x
     condition: int = 1  # by how much the formula enlarges rounding errors, the float64 oracle's own included
 
     def __str__(self) -> str:
@@ -75,6 +77,22 @@ def evonorm_b0(batch_var=None, eps=1e-5):
     return formula
 
 
+def batch_norm(act=lambda z: z):
+    def formula(x, weight, bias):
+        return act(affine(standardized(x, (0, *range(2, x.ndim))), weight, bias))
+
+    return formula
+
+
+def running_norm(act=lambda z: z, eps=1e-5):
+    """Batch norm by the running statistics of a new layer: mean 0 and variance 1."""
+
+    def formula(x, weight, bias):
+        return act(affine(x / (1 + eps) ** 0.5, weight, bias))
+
+    return formula
+
+
 # Groups of two values are left out: x̂ is ±1 there and its gradient a difference of rounding errors.
 CASES = [
     Case("GN", group_norm(2), {"num_groups": 2}),
@@ -88,4 +106,8 @@ CASES = [
     Case("EvoNormB0", evonorm_b0(), single=False, condition=4),
     Case("EvoNormB0", evonorm_b0(batch_var=1.0), training=False, id="EvoNormB0-eval", condition=4),
     Case("EvoNormB0", affine, {"apply_act": False}, id="EvoNormB0-affine"),
+    Case("SyncBN", batch_norm(), single=False, pairs=False),
+    Case("SyncBN", batch_norm(torch.relu), {"act": "relu"}, id="SyncBN-relu", single=False, pairs=False),
+    Case("SyncBN", running_norm(), training=False, id="SyncBN-eval"),
+    Case("SyncBN", running_norm(F.silu), {"act": "silu"}, training=False, id="SyncBN-silu-eval"),
 ]

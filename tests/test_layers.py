@@ -41,6 +41,8 @@ def value_and_gradients(layer, x, dy):
 @pytest.mark.parametrize("dtype", ULPS, ids=str)
 @each_case
 def test_value_and_gradients(case, dtype, shape, mean):
+    if shape == (2, 6) and not case.pairs:
+        shape = (5, 6)
     layer = build(case, dtype)
     x = (mean + torch.randn(shape)).to(DEVICE, dtype).requires_grad_()
     dy = torch.randn_like(x)  # not y.sum(): a norm's gradient of that is about zero

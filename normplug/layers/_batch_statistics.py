@@ -1,0 +1,72 @@
+"""What layers with running statistics share: their update, the normalization by them, a guard against conversion."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normplug.ops._common import acc_dtype
+from normplug.ops.batch_norm import batch_normalize
+
+__all__ = ["ConversionGuard", "normalize_by_running", "update_running", "values_per_channel"]
+
+
+def values_per_channel(x: Tensor) -> int:
+    """Return the number of values per channel of x (N, C, *)."""
+    return x.numel() // x.shape[1]
+
+
+def update_running(layer: nn.Module, mean: Tensor, unbiased_var: Tensor) -> None:
+    """Move the running statistics of a layer in training towards those of its batch, as nn.BatchNorm does."""
+    if not layer.track_running_stats or layer.running_mean is None:
+        return
+    layer.num_batches_tracked.add_(1)
+    factor = layer.momentum
+    if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
+        factor = (1 / layer.num_batches_tracked).to(layer.running_mean.dtype)
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), factor)
+    layer.running_var.lerp_(unbiased_var.to(layer.running_var.dtype), factor)
+
+
+def normalize_by_running(
+    layer: nn.Module, x: Tensor, act: str | None = None, residual: Tensor | None = None, eps_outside: bool = False
+) -> Tensor:
+    """Return act(bn(x) + residual) by the running statistics; eps_outside: divide by √var + eps."""
+    var, eps = layer.running_var, layer.eps
+    if eps_outside:
+        var, eps = (var.sqrt() + eps).square(), 0.0
+    if act is None and residual is None and x.numel():
+        return F.batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
+    wide = acc_dtype(x)
+    rstd = (var.to(wide) + eps).rsqrt()
+    return batch_normalize(x, layer.running_mean.to(wide), rstd, layer.weight, layer.bias, act, residual)
+
+
+class ConversionGuard(nn.Module):
+    """Base of batch norms that a generic BatchNorm conversion would silently turn into something else.
+
+    ``convert_sync_batchnorm`` of torch and mmengine and mmengine's ``revert_sync_batchnorm`` replace every
+    subclass of ``_BatchNorm`` (or ``nn.SyncBatchNorm``) by a stock layer. All three copy an attribute ``qconfig``
+    if there is one; nothing else asks a float model for it. There, and only there, they can be told no.
+    """
+
+    def lost_in_conversion(self) -> str:
+        """Return what a stock layer would not do, or nothing if it would do the same."""
+        raise NotImplementedError
+
+    @property
+    def qconfig(self) -> Any:
+        if "_qconfig" in self.__dict__:
+            return self.__dict__["_qconfig"]
+        lost = self.lost_in_conversion()
+        if lost:
+            raise ValueError(
+                f"{self} cannot be replaced by a stock batch norm, which would drop {lost}. "
+                f"Name the layer you want in norm_cfg instead of converting the model, or convert only the parts "
+                f"that have plain batch norms."
+            )
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["_qconfig"] = value

@@ -1,0 +1,231 @@
+"""SyncBatchNorm: batch normalization over the batches of all processes, on any backend."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from normplug.layers._batch_statistics import (
+    ConversionGuard,
+    normalize_by_running,
+    update_running,
+    values_per_channel,
+)
+from normplug.layers._checks import check_channels, check_has_statistics
+from normplug.ops._common import check_act, dense
+from normplug.ops.batch_norm import (
+    batch_norm_act,
+    batch_norm_dx,
+    batch_norm_reduce,
+    batch_norm_stats,
+    batch_normalize,
+)
+
+__all__ = ["SyncBatchNorm"]
+
+
+class SyncBatchNorm(ConversionGuard, nn.SyncBatchNorm):
+    """Batch normalization with statistics over all processes of a group, optionally followed by an activation.
+
+    y = act(weight * (x - mean) / sqrt(var + eps) + bias): output, gradients and running statistics are those of
+    one batch norm over the joined batch, however it is split: ranks count by their elements, so batches and maps
+    may differ in size, and a rank without any element takes part with nothing. There is one message each way,
+    in float32 (float64 for a float64 input). In evaluation, in a process of its own and outside of a process group
+    it is plain batch normalization.
+
+    The state dict is that of ``nn.SyncBatchNorm`` and of the batch norms. Differs from ``nn.SyncBatchNorm`` in
+    running on CPU (gloo) too, in exchanging sums of squares instead of 1/std, and in not waiting for the device.
+    ``nn.BatchNorm*`` become this layer by ``SyncBatchNorm.convert_sync_batchnorm(model)``; mmengine's
+    ``revert_sync_batchnorm`` goes back, and leaves a layer with an activation as it is.
+
+    As with every synchronized batch norm all ranks must reach the layer equally often, forward and backward.
+    ``weight`` and ``bias`` get this rank's share of the gradient: DistributedDataParallel joins them.
+
+    Args:
+        num_features: Number of channels C.
+        eps: Added to the population variance, inside the root.
+        momentum: Weight of this batch in the running statistics; None for the mean over all batches.
+        affine: Learn weight and bias per channel.
+        track_running_stats: Keep running statistics (the unbiased variance) for evaluation.
+        process_group: Processes that join their batches; None for all.
+        bias: With affine, learn the bias.
+        act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None. It is lost if the
+            layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
+
+    Shape:
+        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Output: shape, dtype and memory format of the input.
+
+    Raises:
+        ValueError: If the activation is unknown, axis 1 of the input is not C long, or all ranks together have a
+            single value per channel in training.
+
+    Reference:
+        C. Peng et al., "MegDet: A Large Mini-Batch Object Detector", CVPR 2018, arXiv 1711.07240. The exchange of
+        mean and centred sum of squares follows T. Chan et al., "Algorithms for computing the sample variance",
+        The American Statistician 1983.
+    """
+
+    _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
+    _name_ = "SyncBN"
+    family = "batch"
+    batch_statistics = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+    ) -> None:
+        check_act(act)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype)
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
+        self.act = act
+
+    def lost_in_conversion(self) -> str:
+        return f"its activation {self.act!r}" if self.act else ""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_channels(self, x, self.num_features)
+        if not self.training and self.running_mean is not None:
+            return normalize_by_running(self, x, self.act, residual)
+        if self.training and self._world_size() > 1:
+            return self._synchronized(x, residual)
+        if self.training:
+            check_has_statistics(self, x, values_per_channel(x))
+        # With half parameters too, torch's CPU op keeps the statistics of a half input in half precision.
+        exact = x.is_cuda or x.element_size() >= 4
+        if self.act is None and residual is None and x.numel() and exact:
+            return self._stock(x)
+        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, self.act, residual)
+        count = values_per_channel(x)
+        if self.training and count:
+            with torch.no_grad():
+                update_running(self, mean, var * (count / (count - 1)))
+        return y
+
+    def _world_size(self) -> int:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.process_group)
+
+    def _stock(self, x: Tensor) -> Tensor:
+        """Run torch's own batch norm on batch statistics: a lone process gets its numbers to the last bit."""
+        track = self.training and self.track_running_stats
+        factor = 0.0 if self.momentum is None else self.momentum
+        if track:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        mean, var = (self.running_mean, self.running_var) if track else (None, None)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+
+    def _synchronized(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        x = dense(x)
+        own = values_per_channel(x)
+        with torch.no_grad():
+            mean, m2, count = _join(*batch_norm_stats(x), own, self.process_group)
+            # Two values here are two in all. With fewer the sum must be looked at, which waits for the device.
+            everywhere = own if own > 1 else int(count)
+            check_has_statistics(self, x, everywhere)
+            if everywhere:
+                update_running(self, mean, m2 / (count - 1))
+            share = 1 / count.clamp(min=1)
+            rstd = (m2 * share + self.eps).rsqrt()
+        if residual is not None:
+            residual = residual.to(x.dtype)
+        return _SynchronizedNormalize.apply(
+            x, mean, rstd, share, self.weight, self.bias, self.act, residual, self.process_group
+        )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+        """Replace every plain batch norm in module by this layer, with the same parameters and buffers.
+
+        Subclasses with a forward of their own (CBN and other layers) stay: they are no plain batch norms.
+        """
+        plain = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+        if getattr(type(module), "forward", None) in plain:
+            new = cls(
+                module.num_features,
+                module.eps,
+                module.momentum,
+                module.affine,
+                module.track_running_stats,
+                process_group,
+            )
+            for name in ("weight", "bias"):
+                new.register_parameter(name, getattr(module, name))
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                new.register_buffer(name, getattr(module, name))
+            return new.train(module.training)
+        for name, child in module.named_children():
+            converted = cls.convert_sync_batchnorm(child, process_group)
+            if converted is not child:
+                module.add_module(name, converted)
+        return module
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", act={self.act!r}" if self.act else "")
+
+
+def _join(mean: Tensor, m2: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge mean and centred sum of squares (C,) of all ranks, and add up their counts: equal on every rank."""
+    packed = torch.cat([mean, m2, mean.new_full((1,), count)])
+    gathered = packed.new_empty(dist.get_world_size(group) * len(packed))
+    dist.all_gather_into_tensor(gathered, packed, group=group)
+    parts = gathered.view(-1, len(packed)).double()  # a few kilobytes: the merge itself shall lose no digit
+    counts = parts[:, -1:]
+    means, m2s = parts[:, :-1].chunk(2, dim=1)
+    total = counts.sum()
+    joined = (counts * means).sum(0) / total.clamp(min=1)
+    m2 = (m2s + counts * (means - joined).square()).sum(0)
+    return joined.to(mean.dtype), m2.to(mean.dtype), total.to(mean.dtype)
+
+
+class _SynchronizedNormalize(torch.autograd.Function):
+    """batch_normalize by statistics that follow the inputs of all ranks: backward joins its sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x, mean, rstd, share, weight, bias, act, residual, group):
+        ctx.act, ctx.group = act, group
+        # Without an activation nothing depends on the residual, with one it is needed to find z again.
+        ctx.save_for_backward(x, mean, rstd, share, weight, bias, residual if act is not None else None)
+        return batch_normalize(x, mean, rstd, weight, bias, act, residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, mean, rstd, share, weight, bias, residual = ctx.saved_tensors
+        args = dy, x, mean, rstd, weight, bias, ctx.act, residual
+        needs_x, _, _, _, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
+        sums = torch.stack(batch_norm_reduce(*args))
+        own_bias, own_weight = sums.clone() if needs_weight or needs_bias else (None, None)
+        # Whatever this rank needs: an empty rank whose input has no gradient must not leave the others waiting.
+        dist.all_reduce(sums, group=ctx.group)
+        dx = dresidual = None
+        if needs_x or (needs_residual and residual is not None):
+            dx, dresidual = batch_norm_dx(*args, sums[0] * share, sums[1] * share)
+        if residual is None:  # then a residual, if there was one, was the last thing added
+            dresidual = dy
+        return (
+            dx if needs_x else None,
+            None,
+            None,
+            None,
+            own_weight.to(weight.dtype) if needs_weight else None,
+            own_bias.to(bias.dtype) if needs_bias else None,
+            None,
+            dresidual if needs_residual else None,
+            None,
+        )
