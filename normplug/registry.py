@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import normplug.layers as layers
-from normplug.openmmlab import close_gaps
+from normplug.openmmlab import adapt, close_gaps
 
 __all__ = ["TAKEN_OVER", "config_names", "register_all"]
 
@@ -24,6 +24,8 @@ def config_names(layer: type[nn.Module]) -> tuple[str, ...]:
 def register_all(override: bool = True) -> None:
     """Register every layer in mmengine's root ``MODELS``, where mmdet, mmaction2 and the others find it.
 
+    And have every model that a registry builds adapted to the layers in it (``normplug.openmmlab.adapt``).
+
     Called when ``normplug`` is imported; calling it again does nothing more. Names are looked up in the scope
     of a toolkit first and then in the root, so one registration serves all toolkits.
 
@@ -39,6 +41,7 @@ def register_all(override: bool = True) -> None:
     for layer in (getattr(layers, name) for name in layers.__all__):
         for name in config_names(layer):
             _register(name, layer, override)
+    adapt.install()
 
 
 def _register(name: str, layer: type[nn.Module], override: bool) -> None:

@@ -1,0 +1,8 @@
+# BN over the images of all processes; in one process it is BN.
+_base_ = "./mask-rcnn_r18_fpn_bn_digits.py"
+norm_cfg = dict(type="SyncBN", requires_grad=True)
+model = dict(
+    backbone=dict(norm_cfg=norm_cfg),
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)),
+)
