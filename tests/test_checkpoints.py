@@ -287,16 +287,22 @@ def test_a_crafted_dtype_is_a_dtype_of_numbers():
     assert array.dtype.flags == np.dtype("f8").flags
 
 
+class ArrayWithoutState:
+    def __reduce__(self):
+        return np.zeros(1).__reduce__()[:2]
+
+
 @pytest.mark.parametrize(
     "state",
     [
+        {"_log_history": ArrayWithoutState(), "_count_history": ArrayWithoutState(), "max_length": 9},
         {"_log_history": np.zeros(2), "_count_history": np.zeros(3), "max_length": 9},
         {"_log_history": np.zeros((2, 2)), "_count_history": np.zeros((2, 2)), "max_length": 9},
         {"_log_history": [1], "_count_history": [1], "max_length": 9},
         {"_log_history": np.zeros(2), "_count_history": np.zeros(2), "max_length": "9"},
         "no dict",
     ],
-    ids=["lengths", "rank", "lists", "max_length", "no dict"],
+    ids=["no state", "lengths", "rank", "lists", "max_length", "no dict"],
 )
 def test_a_crafted_history_is_refused(monkeypatch, state):
     monkeypatch.setattr(HistoryBuffer, "__getstate__", lambda self: state)
