@@ -23,7 +23,7 @@ def update_running(layer: nn.Module, mean: Tensor, unbiased_var: Tensor) -> None
     layer.num_batches_tracked.add_(1)
     factor = layer.momentum
     if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
-        factor = (1 / layer.num_batches_tracked).to(layer.running_mean.dtype)
+        factor = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
     layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), factor)
     layer.running_var.lerp_(unbiased_var.to(layer.running_var.dtype), factor)
 
@@ -45,9 +45,9 @@ def normalize_by_running(
 class ConversionGuard(nn.Module):
     """Base of batch norms that a generic BatchNorm conversion would silently turn into something else.
 
-    ``convert_sync_batchnorm`` of torch and mmengine and mmengine's ``revert_sync_batchnorm`` replace every
-    subclass of ``_BatchNorm`` (or ``nn.SyncBatchNorm``) by a stock layer. All three copy an attribute ``qconfig``
-    if there is one; nothing else asks a float model for it. There, and only there, they can be told no.
+    ``convert_sync_batchnorm`` of torch and mmengine (``sync_bn='torch'`` in a config) replaces every subclass of
+    ``_BatchNorm`` by ``nn.SyncBatchNorm``. It copies an attribute ``qconfig`` if there is one, and nothing else asks
+    a float model for that: there, and only there, it can be told no.
     """
 
     def lost_in_conversion(self) -> str:

@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._batch_statistics import (
     ConversionGuard,
@@ -25,7 +26,7 @@ from normplug.ops.batch_norm import (
 __all__ = ["SyncBatchNorm"]
 
 
-class SyncBatchNorm(ConversionGuard, nn.SyncBatchNorm):
+class SyncBatchNorm(ConversionGuard, _BatchNorm):
     """Batch normalization with statistics over all processes of a group, optionally followed by an activation.
 
     y = act(weight * (x - mean) / sqrt(var + eps) + bias): output, gradients and running statistics are those of
@@ -34,10 +35,11 @@ class SyncBatchNorm(ConversionGuard, nn.SyncBatchNorm):
     in float32 (float64 for a float64 input). In evaluation, in a process of its own and outside of a process group
     it is plain batch normalization.
 
-    The state dict is that of ``nn.SyncBatchNorm`` and of the batch norms. Differs from ``nn.SyncBatchNorm`` in
-    running on CPU (gloo) too, in exchanging sums of squares instead of 1/std, and in not waiting for the device.
-    ``nn.BatchNorm*`` become this layer by ``SyncBatchNorm.convert_sync_batchnorm(model)``; mmengine's
-    ``revert_sync_batchnorm`` goes back, and leaves a layer with an activation as it is.
+    Arguments and state dict are those of ``nn.SyncBatchNorm``. It is no subclass of that: DistributedDataParallel
+    refuses every ``nn.SyncBatchNorm`` on CPU, where this layer runs (gloo), and mmengine turns them into another
+    class in a single process, where this layer is BN already. It further differs in exchanging sums of squares
+    instead of 1/std, and in not waiting for the device. ``SyncBatchNorm.convert_sync_batchnorm(model)`` makes it out
+    of the batch norms of a model.
 
     As with every synchronized batch norm all ranks must reach the layer equally often, forward and backward.
     ``weight`` and ``bias`` get this rank's share of the gradient: DistributedDataParallel joins them.
@@ -87,9 +89,10 @@ class SyncBatchNorm(ConversionGuard, nn.SyncBatchNorm):
         act: str | None = None,
     ) -> None:
         check_act(act)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # not handed up: older torch does not know the argument
             self.register_parameter("bias", None)
+        self.process_group = process_group
         self.act = act
 
     def lost_in_conversion(self) -> str:
@@ -154,7 +157,7 @@ class SyncBatchNorm(ConversionGuard, nn.SyncBatchNorm):
 
         Subclasses with a forward of their own (CBN and other layers) stay: they are no plain batch norms.
         """
-        plain = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+        plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         if getattr(type(module), "forward", None) in plain:
             new = cls(
                 module.num_features,
