@@ -69,7 +69,7 @@ def evonorm_s0(num_groups, eps=1e-5):
 def evonorm_b0(batch_var=None, eps=1e-5):
     def formula(x, weight, bias, v):
         maps = x.reshape(*x.shape[:2], x.shape[2:].numel())  # without spatial axes an instance is one value
-        batch = variance(maps, (0, 2)) if batch_var is None else torch.full_like(maps[:1, :, :1], batch_var)
+        batch = variance(maps, (0, 2)) if batch_var is None else torch.as_tensor(batch_var).to(x).view(1, -1, 1)
         instance = (variance(maps, (2,)) + eps).sqrt()
         divisor = torch.maximum((batch + eps).sqrt(), channelwise(v, maps) * maps + instance)
         return affine((maps / divisor).reshape(x.shape), weight, bias)

@@ -32,7 +32,8 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, correction: int = 1, e
         S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", arXiv
         1903.10520; the defaults are those of the authors' PyTorch code (unbiased, eps outside the root).
     """
-    return weight_standardize_many([weight], eps, correction, eps_inside)[0]
+    _check(weight, correction)
+    return _op(dense(weight), eps, correction, eps_inside)[0]
 
 
 def weight_standardize_many(
@@ -50,61 +51,79 @@ def weight_standardize_many(
         ValueError: If a filter has no more values than correction.
     """
     for weight in weights:
-        size = weight.shape[1:].numel()
-        if weight.ndim < 2 or size <= correction:
-            raise ValueError(
-                f"weight_standardize needs filters of more than {correction} values to take their deviation, but got "
-                f"a weight of shape {tuple(weight.shape)} with {size}. Leave such a convolution (a depthwise 1x1) as "
-                f"it is."
-            )
+        _check(weight, correction)
     if not weights:
         return []
-    return _op([dense(weight) for weight in weights], eps, correction, eps_inside)[0]
+    return _many_op([dense(weight) for weight in weights], eps, correction, eps_inside)[0]
 
 
-def _rows(weight: Tensor) -> Tensor:
-    """View weight (O, I, *), contiguous or channels-last, as (O, I·…) in the order of memory."""
-    return (weight.movedim(1, -1) if is_channels_last(weight) else weight).flatten(1)
+def _check(weight: Tensor, correction: int) -> None:
+    size = weight.shape[1:].numel()
+    if weight.ndim < 2 or size <= correction:
+        raise ValueError(
+            f"weight_standardize needs filters of more than {correction} values to take their deviation, but got a "
+            f"weight of shape {tuple(weight.shape)} with {size}. Leave such a convolution (a depthwise 1x1) as it is."
+        )
+
+
+def _rows(weight: Tensor, like: Tensor | None = None) -> Tensor:
+    """View weight (O, I, *), contiguous or channels-last, as (O, I·…) in the order of memory (that of ``like``)."""
+    return (weight.movedim(1, -1) if is_channels_last(weight if like is None else like) else weight).flatten(1)
 
 
 def _divisor(std: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    return (std * std + eps).sqrt_() if eps_inside else std + eps
+    return (std * std).add_(eps).sqrt_() if eps_inside else std + eps
 
 
-def reference(
-    weights: list[Tensor], eps: float, correction: int, eps_inside: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Map weights (O, I, *) to standardized ones, laid out as they are, and mean and std (O,) for backward."""
-    outs, means, stds = [], [], []
-    for weight in weights:
-        wide, out = acc_dtype(weight), torch.empty_like(weight)
-        rows, out_rows = _rows(weight), _rows(out)
-        mean, std = (torch.empty(len(weight), 1, dtype=wide, device=weight.device) for _ in range(2))
-        for block in row_blocks(rows):
-            w = rows[block].to(wide)
-            m = w.mean(1, keepdim=True)
-            d = w - m
-            s = d.square().sum(1, keepdim=True).div_(rows.shape[1] - correction).sqrt_()
-            mean[block], std[block] = m, s
-            torch.div(d, _divisor(s, eps, eps_inside), out=out_rows[block])
-        outs.append(out)
-        means.append(mean.squeeze(1))
-        stds.append(std.squeeze(1))
-    return outs, means, stds
-
-
-_op = torch.library.custom_op("normplug::weight_standardize", reference, mutates_args=())
-
-
-@_op.register_fake
-def _(weights, eps, correction, eps_inside):
-    def per_filter():
-        return [w.new_empty(len(w), dtype=acc_dtype(w)) for w in weights]
-
-    return [torch.empty_like(w) for w in weights], per_filter(), per_filter()
+def reference(weight: Tensor, eps: float, correction: int, eps_inside: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Map weight (O, I, *) to the standardized one, laid out as it is, and mean and std (O, 1) for backward."""
+    out = torch.empty_like(weight)
+    rows, out_rows = _rows(weight), _rows(out)
+    mean, std = (torch.empty(len(weight), 1, dtype=acc_dtype(weight), device=weight.device) for _ in range(2))
+    for block in row_blocks(rows):
+        w, m, s = rows[block].to(mean.dtype), mean[block], std[block]
+        torch.mean(w, 1, keepdim=True, out=m)
+        d = w - m
+        torch.sum(d.square(), 1, keepdim=True, out=s)
+        s.div_(rows.shape[1] - correction).sqrt_()
+        torch.div(d, _divisor(s, eps, eps_inside), out=out_rows[block])
+    return out, mean, std
 
 
 def reference_backward(
+    grad: Tensor, weight: Tensor, mean: Tensor, std: Tensor, eps: float, correction: int, eps_inside: bool
+) -> Tensor:
+    """Return the gradient of the weight.
+
+    With d = w - mean, D the divisor and g the gradient of d / D,
+
+        dw = (g - mean(g)) / D - d * sum(g * d) / ((size - correction) * D² * S)
+
+    where S is std if eps is outside the root and D if it is inside.
+    """
+    out = torch.empty_like(weight)
+    rows, out_rows, grad_rows = _rows(weight), _rows(out), _rows(grad, like=weight)
+    for block in row_blocks(rows):
+        g, s = grad_rows[block].to(mean.dtype), std[block]
+        d = rows[block].to(mean.dtype) - mean[block]
+        divisor = _divisor(s, eps, eps_inside)
+        # The deviation of equal values is 0, and so is d: no 0 / 0.
+        root = divisor if eps_inside else s.clamp_min(1e-30)
+        slope = (d * g).sum(1, keepdim=True).div_(root).div_(divisor.square().mul_(rows.shape[1] - correction))
+        dw = (g - g.mean(1, keepdim=True)).div_(divisor)
+        torch.addcmul(dw, d, slope, value=-1, out=out_rows[block])
+    return out
+
+
+def reference_many(
+    weights: list[Tensor], eps: float, correction: int, eps_inside: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return lists of what ``reference`` returns for each weight."""
+    results = [reference(weight, eps, correction, eps_inside) for weight in weights]
+    return [r[0] for r in results], [r[1] for r in results], [r[2] for r in results]
+
+
+def reference_many_backward(
     grads: list[Tensor],
     weights: list[Tensor],
     means: list[Tensor],
@@ -113,52 +132,62 @@ def reference_backward(
     correction: int,
     eps_inside: bool,
 ) -> list[Tensor]:
-    """Return the gradients of the weights.
-
-    With d = w - mean, D the divisor and g the gradient of d / D,
-
-        dw = (g - mean(g)) / D - d * sum(g * d) / ((size - correction) * D² * S)
-
-    where S is std if eps is outside the root and D if it is inside.
-    """
-    outs = []
-    for grad, weight, mean, std in zip(grads, weights, means, stds, strict=True):
-        out, wide = torch.empty_like(weight), mean.dtype
-        rows, out_rows = _rows(weight), _rows(out)
-        grad_rows = (grad.movedim(1, -1) if is_channels_last(weight) else grad).flatten(1)
-        for block in row_blocks(rows):
-            g, m, s = grad_rows[block].to(wide), mean[block, None], std[block, None]
-            d = rows[block].to(wide) - m
-            divisor = _divisor(s, eps, eps_inside)
-            slope = (d * g).sum(1, keepdim=True) / ((rows.shape[1] - correction) * divisor * divisor)
-            # The deviation of equal values is 0, and so is d: no 0 / 0.
-            slope /= divisor if eps_inside else torch.where(s > 0, s, 1)
-            shift = g.mean(1, keepdim=True) / divisor
-            d.mul_(slope).add_(shift)
-            torch.addcdiv(-d, g, divisor, out=out_rows[block])
-        outs.append(out)
-    return outs
+    """Return what ``reference_backward`` returns for each weight."""
+    each = zip(grads, weights, means, stds, strict=True)
+    return [reference_backward(*tensors, eps, correction, eps_inside) for tensors in each]
 
 
+# Two ops and not one of a list: what torch does around a list of tensors takes longer than standardizing one weight.
+_op = torch.library.custom_op("normplug::weight_standardize", reference, mutates_args=())
 _backward_op = torch.library.custom_op("normplug::weight_standardize_backward", reference_backward, mutates_args=())
+_many_op = torch.library.custom_op("normplug::weight_standardize_many", reference_many, mutates_args=())
+_many_backward_op = torch.library.custom_op(
+    "normplug::weight_standardize_many_backward", reference_many_backward, mutates_args=()
+)
+
+
+@_op.register_fake
+def _fake(weight, eps, correction, eps_inside):
+    stats = weight.new_empty(len(weight), 1, dtype=acc_dtype(weight))
+    return torch.empty_like(weight), stats, torch.empty_like(stats)
 
 
 @_backward_op.register_fake
+def _(grad, weight, mean, std, eps, correction, eps_inside):
+    return torch.empty_like(weight)
+
+
+@_many_op.register_fake
+def _(weights, eps, correction, eps_inside):
+    results = [_fake(weight, eps, correction, eps_inside) for weight in weights]
+    return [r[0] for r in results], [r[1] for r in results], [r[2] for r in results]
+
+
+@_many_backward_op.register_fake
 def _(grads, weights, means, stds, eps, correction, eps_inside):
     return [torch.empty_like(w) for w in weights]
 
 
 def _save(ctx, inputs, output) -> None:
-    weights, ctx.eps, ctx.correction, ctx.eps_inside = inputs
+    weight, *ctx.options = inputs
+    ctx.save_for_backward(weight, output[1], output[2])
+
+
+def _backward(ctx, grad, _dmean, _dstd):  # the statistics never leave this file: no gradient
+    return _backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+def _save_many(ctx, inputs, output) -> None:
+    weights, *ctx.options = inputs
     ctx.save_for_backward(*weights, *output[1], *output[2])
 
 
-def _backward(ctx, grads, _dmeans, _dstds):  # the statistics never leave this file: no gradient
+def _backward_many(ctx, grads, _dmeans, _dstds):
     saved, count = ctx.saved_tensors, len(ctx.saved_tensors) // 3
-    weights, means, stds = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    weights, means, stds = (list(saved[i * count : (i + 1) * count]) for i in range(3))
     grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
-    options = ctx.eps, ctx.correction, ctx.eps_inside
-    return _backward_op(grads, list(weights), list(means), list(stds), *options), None, None, None
+    return _many_backward_op(grads, weights, means, stds, *ctx.options), None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_save)
+_many_op.register_autograd(_backward_many, setup_context=_save_many)
