@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import torch.fx
 from torch import Tensor, nn
 
 from normplug.ops.weight_standardize import weight_standardize
@@ -10,6 +11,8 @@ from normplug.ops.weight_standardize import weight_standardize
 __all__ = ["WSConv1d", "WSConv2d", "WSConv3d"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+torch.fx.wrap("weight_standardize")  # symbolic tracing stops here: inside, it would meet its checks
 
 
 class _WSConv(nn.Module):
@@ -67,7 +70,7 @@ class _WSConv(nn.Module):
         return weight_standardize(self.weight, self.eps, self.correction, self.eps_inside)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Called from outside by mmengine's efficient_conv_bn_eval, with a weight scaled by what follows.
+        # Called from outside by efficient_conv_bn_eval, with a weight scaled by the BatchNorm behind.
         if weight is not self.weight:
             raise ValueError(self._refusal("a convolution with another weight than its own"))
         return super()._conv_forward(x, self.standardized_weight(), bias)
