@@ -13,6 +13,7 @@ TOOLKITS = [
     "mmdet==3.3.0",
     "mmaction2==1.2.0",
     "decord",
+    "importlib_metadata",  # mmaction2 imports it and does not say so
     "matplotlib",
     "scikit-learn",
 ]

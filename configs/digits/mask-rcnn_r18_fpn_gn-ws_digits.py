@@ -5,5 +5,7 @@ conv_cfg = dict(type="ConvWS")
 model = dict(
     backbone=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
     neck=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
-    roi_head=dict(bbox_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg), mask_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)),
+    roi_head=dict(
+        bbox_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg), mask_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+    ),
 )

@@ -38,8 +38,8 @@ class GroupNorm(nn.GroupNorm):
         - Output: shape, dtype and memory format of the input.
 
     Raises:
-        ValueError: If both sizes are given or both are None, the groups do not divide C, the activation is unknown, or axis 1
-            of the input is not C long.
+        ValueError: If both sizes are given or both are None, the groups do not divide C, the activation is
+            unknown, or axis 1 of the input is not C long.
 
     Reference:
         Y. Wu, K. He, "Group Normalization", ECCV 2018, arXiv 1803.08494, eq. 7.
