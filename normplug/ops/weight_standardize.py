@@ -140,9 +140,18 @@ def reference_many_backward(
 # Two ops and not one of a list: what torch does around a list of tensors takes longer than standardizing one weight.
 _op = torch.library.custom_op("normplug::weight_standardize", reference, mutates_args=())
 _backward_op = torch.library.custom_op("normplug::weight_standardize_backward", reference_backward, mutates_args=())
-_many_op = torch.library.custom_op("normplug::weight_standardize_many", reference_many, mutates_args=())
+_OPTIONS = "float eps, int correction, bool eps_inside"  # schemas by hand: torch 2.6 infers none of list[Tensor]
+_many_op = torch.library.custom_op(
+    "normplug::weight_standardize_many",
+    reference_many,
+    mutates_args=(),
+    schema=f"(Tensor[] weights, {_OPTIONS}) -> (Tensor[], Tensor[], Tensor[])",
+)
 _many_backward_op = torch.library.custom_op(
-    "normplug::weight_standardize_many_backward", reference_many_backward, mutates_args=()
+    "normplug::weight_standardize_many_backward",
+    reference_many_backward,
+    mutates_args=(),
+    schema=f"(Tensor[] grads, Tensor[] weights, Tensor[] means, Tensor[] stds, {_OPTIONS}) -> Tensor[]",
 )
 
 
