@@ -1,0 +1,149 @@
+"""Tells a layer which convolution has just computed its input, and from what.
+
+Cross-Iteration BN needs the input and the weight of the convolution before it, but a norm layer is called with the
+output only. One forward hook for all modules notes the last convolution of each thread; a layer asks for it with
+the tensor it got. Unlike the autograd graph, the hook also sees what runs without one (the first pass of reentrant
+checkpointing) and never triggers a recomputation. It is there from the construction of the first layer that needs
+it until the last one is gone.
+"""
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["Convolution", "follow", "forget", "take"]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The convolution that computed a tensor, and its input (None if the filters are frozen)."""
+
+    module: _ConvNd
+    input: Tensor | None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its filters are being trained; a bias alone does not count."""
+        return any(p.requires_grad for name, p in self.module.named_parameters() if name != "bias")
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """A value that changes when an optimizer has changed the convolution."""
+        return tuple(p._version for p in self.module.parameters())
+
+    def filters(self) -> Tensor:
+        """Return the weight that it really uses, without a gradient."""
+        with torch.no_grad():
+            standardized = getattr(self.module, "standardized_weight", None)
+            return (self.module.weight if standardized is None else standardized()).detach()
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """The arguments of ``patch_statistics`` that describe it."""
+        conv = self.module
+        if conv.padding == "valid":
+            padding = [0] * (2 * len(conv.kernel_size))
+        elif conv.padding == "same":  # an odd number of zeros has the surplus one behind
+            totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+            padding = [n for total in totals for n in (total // 2, total - total // 2)]
+        else:
+            padding = [p for p in conv.padding for _ in range(2)]
+        return {
+            "kernel_size": conv.kernel_size,
+            "stride": conv.stride,
+            "padding": padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "padding_mode": conv.padding_mode,
+        }
+
+
+class _Last:
+    """What the last convolution of a thread left: it holds the input no longer than the output lives."""
+
+    def __init__(self) -> None:
+        self.record: tuple[_ConvNd, Tensor | None, weakref.ref, int] | None = None
+
+    def note(self, conv: _ConvNd, x: Tensor | None, y: Tensor) -> None:
+        self.record = conv, x, weakref.ref(y, self._gone), _version(y)
+
+    def _gone(self, ref: weakref.ref) -> None:
+        # Autograd drops tensors from threads of its own: not through threading.local, but through self.
+        if self.record is not None and self.record[2] is ref:
+            self.record = None
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.last = _Last()
+
+
+_local = _Local()
+_followers: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_hook: Any = None
+
+
+def follow(layer: nn.Module) -> None:
+    """Note convolutions as long as ``layer`` exists."""
+    global _hook
+    _followers.add(layer)
+    if _hook is None:
+        _hook = nn.modules.module.register_module_forward_hook(_note)
+
+
+def take(layer: nn.Module, x: Tensor) -> Convolution:
+    """Return the convolution whose output x is, and stop holding on to its input.
+
+    Raises:
+        ValueError: If x is not the unchanged output of a convolution that ran just before.
+    """
+    record, _local.last.record = _local.last.record, None
+    name = type(layer).__name__
+    remedy = (
+        f"{name} corrects its statistics by the weight of that convolution. Put {name} directly behind a Conv1d, "
+        f"Conv2d or Conv3d that is in training mode, or use another norm here, for example GN or BN."
+    )
+    if record is None or record[2]() is not x:
+        last = "" if record is None else f" The last convolution before was {record[0]}; something lies between."
+        raise ValueError(
+            f"{name} must normalize the output of a convolution, but the tensor {tuple(x.shape)} that it got is "
+            f"none.{last} {remedy}"
+        )
+    conv, inputs, _, version = record
+    if conv.transposed:
+        raise ValueError(f"{name} cannot follow a transposed convolution, but got the output of {conv}. {remedy}")
+    if version != _version(x):
+        raise ValueError(
+            f"{name} must normalize the output of a convolution as it is, but the output of {conv} was changed in "
+            f"place before it got here. {remedy}"
+        )
+    return Convolution(conv, inputs)
+
+
+def forget(x: Tensor) -> None:
+    """Stop holding on to the input of the convolution that computed x, if it was the last."""
+    record = _local.last.record
+    if record is not None and record[2]() is x:
+        _local.last.record = None
+
+
+def _note(module: nn.Module, args: tuple, output: Any) -> None:
+    global _hook
+    if not isinstance(module, _ConvNd) or not module.training or torch.compiler.is_compiling():
+        return
+    if not _followers:
+        _hook.remove()
+        _hook = None
+    elif args and isinstance(output, Tensor):
+        # A frozen weight needs no input; one that is no parameter is computed from others, as by spectral_norm.
+        weight = module._parameters.get("weight")
+        _local.last.note(module, args[0] if weight is None or weight.requires_grad else None, output)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
