@@ -127,13 +127,7 @@ def test_checkpointed_blocks_still_run_their_branch_again_in_backward(depth):
     assert len(calls) == 3
 
 
-def missing(*names):
-    """Skip where a layer is not there."""
-    absent = [name for name in names if MODELS.get(name) is None]
-    return pytest.mark.skipif(bool(absent), reason=f"normplug has no {', '.join(absent)} yet")
-
-
-evonorms = pytest.mark.parametrize("norm", [pytest.param(n, marks=missing(n)) for n in ("EvoNormS0", "EvoNormB0")])
+evonorms = pytest.mark.parametrize("norm", ["EvoNormS0", "EvoNormB0"])
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU)
 
 
@@ -201,8 +195,9 @@ def test_adapting_again_changes_nothing_and_copies_are_adapted(name):
     want = flat(model(x))
     assert adapt(nn.Sequential(model))[0] is model
     for twin in (adapt(model), copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
-        assert repr(adapt(twin)) == text
-        assert isinstance(twin, type(model))
+        assert repr(twin) == text
+        assert isinstance(adapt(twin), type(model))
+        assert repr(twin) == text
         for got, w in zip(flat(twin(x)), want, strict=True):
             torch.testing.assert_close(got, w, rtol=0, atol=0)
     if name == "r50":
@@ -288,6 +283,15 @@ def test_every_registry_adapts_once():
     MODELS.children.pop("made_later")
 
 
+def test_registries_made_before_normplug_came_adapt_too(monkeypatch):
+    root = Registry("model", scope="root_of_a_toolkit")
+    grandchild = Registry("model", parent=Registry("model", parent=root, scope="child"), scope="grandchild")
+    monkeypatch.setattr("normplug.openmmlab.adapt.MODELS", root)
+    assert not hasattr(grandchild.build_func, "adapts")
+    install()
+    assert grandchild.build_func.adapts
+
+
 def test_lists_and_other_results_pass_through():
     sequence = MODELS.build([conv_module(), conv_module(act_cfg=None)])
     assert isinstance(sequence[0].activate, ActivationInNorm)
@@ -356,9 +360,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(r, marks=missing("ConvWS3d") if r == "GN+WS" else ()) for r in RECIPES]
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_inflated_network_sees_in_every_frame_what_the_image_network_saw(recipe, depth, tmp_path):
     flat_cfg, video_cfg = RECIPES[recipe]
     image = image_network(depth, **flat_cfg)

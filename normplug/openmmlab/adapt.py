@@ -87,7 +87,7 @@ def install() -> None:
 def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
     """Let every norm among ``module``'s children do an activation that follows it, or drop its own."""
     owner = _owner(path, root)
-    if isinstance(module, ActivatesInNorms) or not _is_toolkits(owner) or getattr(owner, "places_activations", False):
+    if not _is_toolkits(owner) or getattr(owner, "places_activations", False):
         return
     if isinstance(module, nn.Sequential):
         _place_in_sequence(module)
@@ -170,7 +170,7 @@ def _activates(layer: nn.Module) -> bool:
 def _drop(norm: nn.Module) -> None:
     if getattr(norm, "contains_activation", False):
         norm.drop_activation()
-    else:
+    elif _activates(norm):
         norm.act = None
 
 
