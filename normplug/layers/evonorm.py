@@ -44,10 +44,12 @@ class _EvoNorm(nn.Module):
     def _affine_only(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return x
-        # The evaluation form of BatchNorm with mean 0 and variance 1: one pass, in the layout and dtype of x.
+        # BatchNorm's evaluation with mean 0 and variance + eps = 1: one pass, in the layout and dtype of x. (0 for
+        # the variance and 1 for eps, because not every version of torch takes an eps of 0.)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return F.batch_norm(x, torch.zeros_like(weight), torch.ones_like(weight), weight, bias, eps=0.0)
+        zeros = torch.zeros_like(weight)
+        return F.batch_norm(x, zeros, zeros, weight, bias, eps=1.0)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
