@@ -310,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             execute(run, env, progress, bar)
             progress.remove_task(bar)
             progress.advance(total)
-            scores = ", ".join(f"{name} {100 * run.metrics[key]:.1f}" for key, name in TASKS[args.task][1] if run.metrics)
+            names = TASKS[args.task][1] if run.metrics else []
+            scores = ", ".join(f"{name} {100 * run.metrics[key]:.1f}" for key, name in names)
             console.print(f"{run.norm}, seed {run.seed}: {run.failed or scores}", highlight=False, markup=False)
     print(report(runs, args, time.time() - start))
     print(f"\n{args.work_dir / 'report.md'}\n{args.work_dir / 'report.json'}\n{args.work_dir / 'curves.png'}")

@@ -48,6 +48,7 @@ class GroupNorm(nn.GroupNorm):
     _abbr_ = "gn"  # the attribute's name in a backbone (gn1): part of every published checkpoint
     _name_ = "GN"
     family = "group"
+    op = "group_norm"
     batch_statistics = False
 
     def __init__(

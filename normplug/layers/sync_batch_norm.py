@@ -72,6 +72,7 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
     _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
     _name_ = "SyncBN"
     family = "batch"
+    op = "batch_norm"
     batch_statistics = True
 
     def __init__(
