@@ -20,6 +20,15 @@ EXPERIMENTS = sorted(f for f in CONFIGS.rglob("*.py") if "_base_" not in f.parts
 each_config = pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: str(f.relative_to(CONFIGS).with_suffix("")))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are many small operations: on a busy machine two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def load(file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mmengine imports pkg_resources
@@ -229,6 +238,30 @@ def test_burn_in_of_cbn_is_eight_epochs():
     cfg = load(CONFIGS / "mask_rcnn/mask-rcnn_r50_fpn_cbn-head_4xb4-1x_coco.py")
     per_gpu = -(-117266 // 4)
     assert cfg.model.neck.norm_cfg.burnin == 8 * -(-per_gpu // cfg.train_dataloader.batch_size)
+
+
+CBN_DIGITS = sorted((CONFIGS / "digits").glob("*_cbn_*.py"))
+
+
+@pytest.mark.parametrize("file", CBN_DIGITS, ids=lambda f: f.stem)
+def test_cbn_remembers_in_every_place_of_a_stock_model(file):
+    """Behind the burn-in each CBN finds its convolution: in the backbone, the FPN and the heads."""
+    cfg = load(file)
+    for norm in norm_cfgs(cfg.model):
+        if norm["type"] == "CBN":
+            norm["burnin"] = 0
+    model = build(cfg).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            loss, _ = model.parse_losses(model(**model.data_preprocessor(batch(cfg), training=True), mode="loss"))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    layers = [name for name, m in model.named_modules() if isinstance(m, MODELS.get("CBN"))]
+    remembered = {key.partition(".history.")[0] for key in model.state_dict() if ".history." in key}
+    assert layers
+    assert remembered == set(layers)
 
 
 def test_no_experiment_is_left_out_of_the_comparisons():
