@@ -3,8 +3,7 @@
 Cross-Iteration BN needs the input and the weight of the convolution before it, but a norm layer is called with the
 output only. One forward hook for all modules notes the last convolution of each thread; a layer asks for it with
 the tensor it got. Unlike the autograd graph, the hook also sees what runs without one (the first pass of reentrant
-checkpointing) and never triggers a recomputation. It is there from the construction of the first layer that needs
-it until the last one is gone.
+checkpointing) and never triggers a recomputation. It is there as long as a layer that needs it is in training mode.
 """
 
 import threading
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Convolution", "follow", "forget", "take"]
+__all__ = ["Convolution", "follow", "forget", "leave", "take"]
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,11 @@ class _Last:
 
     def __init__(self) -> None:
         self.record: tuple[_ConvNd, Tensor | None, weakref.ref, int] | None = None
+        self.module: weakref.ref = weakref.ref(self)  # for error messages
 
     def note(self, conv: _ConvNd, x: Tensor | None, y: Tensor) -> None:
         self.record = conv, x, weakref.ref(y, self._gone), _version(y)
+        self.module = weakref.ref(conv)
 
     def _gone(self, ref: weakref.ref) -> None:
         # Autograd drops tensors from threads of its own: not through threading.local, but through self.
@@ -84,16 +85,33 @@ class _Local(threading.local):
 
 
 _local = _Local()
-_followers: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_followers: dict[int, weakref.finalize] = {}
 _hook: Any = None
 
 
 def follow(layer: nn.Module) -> None:
-    """Note convolutions as long as ``layer`` exists."""
+    """Note convolutions as long as ``layer`` exists, or until ``leave``."""
     global _hook
-    _followers.add(layer)
+    if id(layer) not in _followers:
+        _followers[id(layer)] = weakref.finalize(layer, _remove, id(layer))
+        _followers[id(layer)].atexit = False
     if _hook is None:
         _hook = nn.modules.module.register_module_forward_hook(_note)
+
+
+def leave(layer: nn.Module) -> None:
+    """Note convolutions for this layer no longer."""
+    if id(layer) in _followers:
+        _followers[id(layer)].detach()
+        _remove(id(layer))
+
+
+def _remove(key: int) -> None:
+    global _hook
+    _followers.pop(key, None)
+    if not _followers and _hook is not None:
+        _hook.remove()
+        _hook = None
 
 
 def take(layer: nn.Module, x: Tensor) -> Convolution:
@@ -102,14 +120,15 @@ def take(layer: nn.Module, x: Tensor) -> Convolution:
     Raises:
         ValueError: If x is not the unchanged output of a convolution that ran just before.
     """
-    record, _local.last.record = _local.last.record, None
+    record, _local.last.record, module = _local.last.record, None, _local.last.module()
     name = type(layer).__name__
     remedy = (
         f"{name} corrects its statistics by the weight of that convolution. Put {name} directly behind a Conv1d, "
         f"Conv2d or Conv3d that is in training mode, or use another norm here, for example GN or BN."
     )
     if record is None or record[2]() is not x:
-        last = "" if record is None else f" The last convolution before was {record[0]}; something lies between."
+        between = isinstance(module, _ConvNd)
+        last = f" The last convolution before was {module}; something lies between." if between else ""
         raise ValueError(
             f"{name} must normalize the output of a convolution, but the tensor {tuple(x.shape)} that it got is "
             f"none.{last} {remedy}"
@@ -133,16 +152,17 @@ def forget(x: Tensor) -> None:
 
 
 def _note(module: nn.Module, args: tuple, output: Any) -> None:
-    global _hook
-    if not isinstance(module, _ConvNd) or not module.training or torch.compiler.is_compiling():
+    if not isinstance(module, _ConvNd) or not module.training:
         return
-    if not _followers:
-        _hook.remove()
-        _hook = None
-    elif args and isinstance(output, Tensor):
-        # A frozen weight needs no input; one that is no parameter is computed from others, as by spectral_norm.
-        weight = module._parameters.get("weight")
-        _local.last.note(module, args[0] if weight is None or weight.requires_grad else None, output)
+    if args and isinstance(output, Tensor):
+        _note_convolution(module, args[0], output)
+
+
+@torch.compiler.disable  # threads' state and weak references are nothing for a graph
+def _note_convolution(conv: _ConvNd, x: Tensor, y: Tensor) -> None:
+    # A frozen weight needs no input; one that is no parameter is computed from others, as by spectral_norm.
+    weight = conv._parameters.get("weight")
+    _local.last.note(conv, x if weight is None or weight.requires_grad else None, y)
 
 
 def _version(x: Tensor) -> int:

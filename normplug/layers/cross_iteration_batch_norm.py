@@ -114,6 +114,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     - The history is part of the state dict, so a resumed run goes on as if it had not stopped. Checkpoints without
       one (of BN and others) load too. In a BN layer ``cbn_calls`` and ``history.*`` of ours are unexpected keys.
     - After a jump of the weights that is no training step, call ``reset_history()``.
+    - torch.compile works, with a break of the graph at the convolution and at this layer in training.
     - Statistics are those of one process; DistributedDataParallel saves the history of rank 0.
 
     Args:
@@ -151,6 +152,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
     _name_ = "CBN"
     family = "batch"
+    op = "batch_norm"
     batch_statistics = True
 
     def __init__(
@@ -197,11 +199,10 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         if not self.training or x.numel() == 0:
             trace.forget(x)
             return batch_norm_act(x, self.weight, self.bias, self.eps, self.act, residual)[0]
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "CrossIterationBatchNorm cannot train inside torch.compile: it follows calls and backward passes in "
-                "Python. Train without compiling, or exclude the parts with CBN by torch.compiler.disable."
-            )
+        return self._train(x, residual)
+
+    @torch.compiler.disable  # it follows calls and backward passes in Python: the graph breaks here
+    def _train(self, x: Tensor, residual: Tensor | None) -> Tensor:
         with_graph = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if _in_backward() and self._iteration.calls:  # activation checkpointing runs this forward again
@@ -323,6 +324,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     def train(self, mode: bool = True) -> "CrossIterationBatchNorm":
         if mode != self.training:
             self._iteration = _Iteration()
+        (trace.follow if mode else trace.leave)(self)
         return super().train(mode)
 
     def lost_in_conversion(self) -> str:
@@ -340,7 +342,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        trace.follow(self)
+        if self.training:
+            trace.follow(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
