@@ -74,6 +74,11 @@ class GroupNorm(nn.GroupNorm):
         )
         self.act = act
 
+    @property
+    def num_features(self) -> int:
+        """Number of channels, under the name that BatchNorm has for it: mmaction2's non-local blocks ask for that."""
+        return self.num_channels
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         check_channels(self, x, self.num_channels, "num_channels")
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.act, residual)
