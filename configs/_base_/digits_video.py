@@ -5,7 +5,7 @@ default_scope = "mmaction"
 
 dataset_type = "DigitsVideo"
 data_root = "data/digits"
-digits = dict(seed=0, num_train=320, num_val=160)
+digits = dict(seed=0, num_train=640, num_val=160)
 
 # Every second of the 16 frames. No flips, no crops: a mirrored step to the left is one to the right.
 train_pipeline = [
@@ -56,7 +56,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="AccMetric")  # top-1, top-5 and the mean over classes
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=4, val_interval=1)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=3, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 # The cosine spans the run whatever max_epochs is: its end is left to the runner.
@@ -66,7 +66,7 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="SGD", lr=0.02, momentum=0.9, weight_decay=1e-4),
+    optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=1e-4),
     clip_grad=dict(max_norm=40),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=4)

@@ -29,18 +29,29 @@ from scipy import ndimage
 __all__ = ["CLASSES", "DEFAULTS", "MOTIONS", "TASKS", "make", "source_split"]
 
 CLASSES = tuple("0123456789")
-MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
+# Motion -> which of y, x, angle and scale it turns, and how far: 1 is about two thirds of its circle in a clip.
+_MOVES = {
+    "left": (1, -1),
+    "right": (1, 1),
+    "up": (0, -1),
+    "down": (0, 1),
+    "clockwise": (2, 0.6),
+    "counterclockwise": (2, -0.6),
+    "grow": (3, 1),
+    "shrink": (3, -1),
+}
+MOTIONS = tuple(_MOVES)
 TASKS = ("detection", "video")
 DEFAULTS = {
     "detection": {"seed": 0, "num_train": 200, "num_val": 100},
-    "video": {"seed": 0, "num_train": 320, "num_val": 160},
+    "video": {"seed": 0, "num_train": 640, "num_val": 160},
 }
 
 _FORMAT = 1  # raise it when the pictures of given parameters change: older sets are then refused
 _NUM_VAL_SOURCES = 360
 _IMAGE, _CLIP, _FRAMES = 128, 64, 16  # pixels, pixels, frames
 _SIZES = (28.0, 56.0)  # height of the 8x8 grid in an image, in pixels; the digit itself fills most of it
-_CLIP_SIZES = (18.0, 44.0)
+_CLIP_SIZES = (24.0, 50.0)
 _PAD = 2  # rings of empty pixels around the 8x8 grid, so that the spline fades out instead of being cut
 _STREAMS = {"detection": 1, "video": 2, "train": 3, "val": 4}
 
@@ -345,12 +356,9 @@ def _path(rng: Generator, motion: str) -> np.ndarray:
     Each starts anywhere on its circle and the motion turns one of them. So the four are distributed alike in
     every frame of every motion: no single frame says which motion it is from.
     """
-    axis, turns = {
-        "left": (1, -1), "right": (1, 1), "up": (0, -1), "down": (0, 1), "clockwise": (2, 1),
-        "counterclockwise": (2, -1), "grow": (3, 1), "shrink": (3, -1),
-    }[motion]  # fmt: skip
+    axis, turns = _MOVES[motion]
     start, speed = rng.uniform(size=4), np.zeros(4)
-    speed[axis] = turns * rng.uniform(0.35, 0.65)
+    speed[axis] = turns * rng.uniform(0.5, 0.8)
     return (start + np.linspace(0, 1, _FRAMES)[:, None] * speed) % 1
 
 
