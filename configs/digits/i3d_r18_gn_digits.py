@@ -1,3 +1,3 @@
-# GN, 8 groups: the narrowest layer has 16 channels.
+# GN, 8 groups: two channels in each of the narrowest layer, as in the ResNet-50 of the paper.
 _base_ = "./i3d_r18_bn_digits.py"
 model = dict(backbone=dict(norm_cfg=dict(type="GN", num_groups=8)))

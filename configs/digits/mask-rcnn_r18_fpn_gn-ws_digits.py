@@ -1,6 +1,6 @@
 # GN everywhere behind weight-standardized convolutions.
 _base_ = "./mask-rcnn_r18_fpn_bn_digits.py"
-norm_cfg = dict(type="GN", num_groups=8, requires_grad=True)
+norm_cfg = dict(type="GN", num_groups=16, requires_grad=True)
 conv_cfg = dict(type="ConvWS")
 model = dict(
     backbone=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),

@@ -1,6 +1,6 @@
-# GN everywhere, 8 groups: the narrowest layer has 32 channels.
+# GN everywhere, 16 groups: two channels in each of the narrowest layer, as in the ResNet-50 of the paper.
 _base_ = "./mask-rcnn_r18_fpn_bn_digits.py"
-norm_cfg = dict(type="GN", num_groups=8, requires_grad=True)
+norm_cfg = dict(type="GN", num_groups=16, requires_grad=True)
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),
