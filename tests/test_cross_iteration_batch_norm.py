@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import DEVICE
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -957,9 +958,11 @@ def flat(outputs):
 @pytest.mark.filterwarnings("ignore:.*use_reentrant")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_stock_models_train_from_a_bare_norm_cfg(name):
-    pytest.importorskip("mmaction.models" if name in ("resnet3d", "resnet2plus1d") else "mmdet.models")
+    scope = "mmaction" if name in ("resnet3d", "resnet2plus1d") else "mmdet"
+    pytest.importorskip(f"{scope}.models")
     config, draw = MODELS_WITH_CBN[name]
-    net = MODELS.build(copy.deepcopy(config)).to(DEVICE)
+    with DefaultScope.overwrite_default_scope(scope):  # heads name their losses without one
+        net = MODELS.build(copy.deepcopy(config)).to(DEVICE)
     net.train()
     norms = {path: m for path, m in net.named_modules() if isinstance(m, CBN)}
     assert len(norms) >= 4

@@ -330,13 +330,13 @@ def test_mmdet_reads_what_was_written(split, tmp_path):
     pytest.importorskip("mmdet.datasets")
     from mmdet.registry import DATASETS
     from mmengine.config import Config
-    from mmengine.registry import init_default_scope
+    from mmengine.registry import DefaultScope
 
     cfg = Config.fromfile(ROOT / "configs/_base_/digits_detection.py")
-    init_default_scope("mmdet")
     options = dict(cfg[f"{split}_dataloader"].dataset, data_root=str(tmp_path), **SMALL["detection"])
     options["pipeline"] = cfg.train_pipeline  # the one that reads masks
-    dataset = DATASETS.build(options)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        dataset = DATASETS.build(options)
     assert dataset.metainfo["classes"] == digits.CLASSES
     coco = COCO(tmp_path / "detection" / f"{split}.json")
     assert len(dataset) == len(coco.imgs) == SMALL["detection"][f"num_{split}"]
@@ -356,13 +356,13 @@ def test_mmaction2_reads_what_was_written(tmp_path):
     pytest.importorskip("mmaction.datasets")
     from mmaction.registry import DATASETS
     from mmengine.config import Config
-    from mmengine.registry import init_default_scope
+    from mmengine.registry import DefaultScope
 
     cfg = Config.fromfile(ROOT / "configs/_base_/digits_video.py")
-    init_default_scope("mmaction")
     for split in ("train", "val"):
         options = dict(cfg[f"{split}_dataloader"].dataset, data_root=str(tmp_path), **SMALL["video"])
-        dataset = DATASETS.build(options)
+        with DefaultScope.overwrite_default_scope("mmaction"):
+            dataset = DATASETS.build(options)
         assert dataset.metainfo["classes"] == digits.MOTIONS
         lines = (tmp_path / "video" / f"{split}.txt").read_text().splitlines()
         assert len(dataset) == len(lines) == SMALL["video"][f"num_{split}"]
