@@ -128,7 +128,7 @@ def shorten(cfg: Config, epochs: int) -> dict[str, object]:
 
 def environment(device: str) -> dict[str, str]:
     env = dict(os.environ, PYTHONUNBUFFERED="1")
-    # Threads that wait by spinning slow a busy machine down many times over: 9 s per iteration instead of 0.3 were seen.
+    # Threads that wait by spinning slow a machine with other work to do down many times over.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
