@@ -8,6 +8,7 @@ checkpointing) and never triggers a recomputation. It is there as long as a laye
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Convolution", "follow", "forget", "leave", "take"]
+__all__ = ["Convolution", "eagerly", "follow", "forget", "leave", "take"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,17 @@ class _Local(threading.local):
 _local = _Local()
 _followers: dict[int, weakref.finalize] = {}
 _hook: Any = None
+_eagerly: Any = None
 
 
 def follow(layer: nn.Module) -> None:
     """Note convolutions as long as ``layer`` exists, or until ``leave``."""
-    global _hook
+    global _hook, _eagerly
     if id(layer) not in _followers:
         _followers[id(layer)] = weakref.finalize(layer, _remove, id(layer))
         _followers[id(layer)].atexit = False
+    if _eagerly is None:
+        _eagerly = torch.compiler.disable(_call)  # not earlier: it imports the compiler
     if _hook is None:
         _hook = nn.modules.module.register_module_forward_hook(_note)
 
@@ -151,14 +155,20 @@ def forget(x: Tensor) -> None:
         _local.last.record = None
 
 
+def eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as it is, also from within torch.compile, where the graph then breaks."""
+    return _eagerly(function, *args) if torch.compiler.is_compiling() else function(*args)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 def _note(module: nn.Module, args: tuple, output: Any) -> None:
-    if not isinstance(module, _ConvNd) or not module.training:
-        return
-    if args and isinstance(output, Tensor):
-        _note_convolution(module, args[0], output)
+    if isinstance(module, _ConvNd) and module.training and args and isinstance(output, Tensor):
+        eagerly(_note_convolution, module, args[0], output)
 
 
-@torch.compiler.disable  # threads' state and weak references are nothing for a graph
 def _note_convolution(conv: _ConvNd, x: Tensor, y: Tensor) -> None:
     # A frozen weight needs no input; one that is no parameter is computed from others, as by spectral_norm.
     weight = conv._parameters.get("weight")

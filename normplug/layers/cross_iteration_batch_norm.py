@@ -199,9 +199,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         if not self.training or x.numel() == 0:
             trace.forget(x)
             return batch_norm_act(x, self.weight, self.bias, self.eps, self.act, residual)[0]
-        return self._train(x, residual)
+        return trace.eagerly(self._train, x, residual)  # it follows calls and backward passes in Python
 
-    @torch.compiler.disable  # it follows calls and backward passes in Python: the graph breaks here
     def _train(self, x: Tensor, residual: Tensor | None) -> Tensor:
         with_graph = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
