@@ -194,7 +194,6 @@ def _save_many(ctx, inputs, output) -> None:
 def _backward_many(ctx, grads, _dmeans, _dstds):
     saved, count = ctx.saved_tensors, len(ctx.saved_tensors) // 3
     weights, means, stds = (list(saved[i * count : (i + 1) * count]) for i in range(3))
-    grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
     return _many_backward_op(grads, weights, means, stds, *ctx.options), None, None, None
 
 
