@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICE
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch import nn
@@ -675,6 +675,25 @@ def test_copies_carry_the_history_and_go_their_own_way(duplicate):
     xs = batches(2)
     same(train(twin, xs), train(net, xs))
     assert twin.norm._history[0][0].mean is not net.norm._history[0][0].mean
+
+
+@pytest.mark.parametrize("update_buffers", [True, False])
+@pytest.mark.parametrize("before", [0, 2], ids=["new", "with-history"])
+def test_moving_average_of_the_weights(before, update_buffers):
+    """mmengine's EMA copies the model, and walks over state dicts and buffers of both in parallel."""
+    net = pair()
+    train(net, batches(before))
+    twin = copy.deepcopy(net)
+    average = ExponentialMovingAverage(net, momentum=0.5, update_buffers=update_buffers)
+    xs = batches(3)
+    optimizer = torch.optim.SGD(net.parameters(), 0.3, momentum=0.5)
+    for seed, x in enumerate(xs):
+        step(net, x, optimizer, seed)
+        average.update_parameters(net)
+    train(twin, xs)
+    same(net.state_dict(), twin.state_dict())  # nothing of the model itself has changed
+    assert not torch.equal(average.module.conv.weight, net.conv.weight)
+    assert average.module.eval()(xs[0]).isfinite().all()
 
 
 def test_moving_and_casting_take_the_history_along():

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.ops._common import acc_dtype
 from normplug.ops.batch_norm import batch_normalize
@@ -16,20 +17,21 @@ def values_per_channel(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def update_running(layer: nn.Module, mean: Tensor, unbiased_var: Tensor) -> None:
+def update_running(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
     """Move the running statistics of a layer in training towards those of its batch, as nn.BatchNorm does."""
     if not layer.track_running_stats or layer.running_mean is None:
         return
     layer.num_batches_tracked.add_(1)
-    factor = layer.momentum
-    if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
+    if layer.momentum is not None:
+        factor: float | Tensor = layer.momentum
+    else:  # the mean over all batches; a tensor, so that no device has to wait for the host
         factor = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
-    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), factor)
-    layer.running_var.lerp_(unbiased_var.to(layer.running_var.dtype), factor)
+    for running, new in ((layer.running_mean, mean), (layer.running_var, unbiased_var)):
+        running.lerp_(new.to(running.dtype), factor)
 
 
 def normalize_by_running(
-    layer: nn.Module, x: Tensor, act: str | None = None, residual: Tensor | None = None, eps_outside: bool = False
+    layer: _BatchNorm, x: Tensor, act: str | None = None, residual: Tensor | None = None, eps_outside: bool = False
 ) -> Tensor:
     """Return act(bn(x) + residual) by the running statistics; eps_outside: divide by √var + eps."""
     var, eps = layer.running_var, layer.eps

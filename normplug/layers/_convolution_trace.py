@@ -46,13 +46,11 @@ class Convolution:
     def geometry(self) -> dict[str, Any]:
         """The arguments of ``patch_statistics`` that describe it."""
         conv = self.module
-        if conv.padding == "valid":
-            padding = [0] * (2 * len(conv.kernel_size))
-        elif conv.padding == "same":  # an odd number of zeros has the surplus one behind
-            totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-            padding = [n for total in totals for n in (total // 2, total - total // 2)]
-        else:
+        if not isinstance(conv.padding, str):
             padding = [p for p in conv.padding for _ in range(2)]
+        else:  # an odd number of zeros has the surplus one behind
+            totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+            padding = [n for t in totals for n in ((t // 2, t - t // 2) if conv.padding == "same" else (0, 0))]
         return {
             "kernel_size": conv.kernel_size,
             "stride": conv.stride,

@@ -238,6 +238,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             entry = None
             # Without a graph only the first call is remembered: who collects statistics calls on and on.
             if (not burning_in and (call == 0 or with_graph)) or not self._verified:
+                assert conv.input is not None
                 grads = patch_statistics(conv.input.detach(), x.detach(), mean, **conv.geometry)
                 entry = Entry(mean, var, *grads, *(p[0] for p in filter_products(filters, grads[:1], grads[1:])))
                 self._verify(entry, conv)
@@ -255,6 +256,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         """Return what the same batch was normalized with before its activations were thrown away."""
         trace.forget(x)
         self._iteration.over = True
+        assert self._iteration.last is not None
         mean, statistics = self._iteration.last
         if self._iteration.calls > 1 and not torch.equal(batch_norm_stats(x)[0], mean):
             raise ValueError(
@@ -379,8 +381,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     def _read_history(self, values: dict[str, Tensor]) -> dict[int, tuple[Entry, ...]]:
         fields: dict[tuple[int, int], dict[str, Tensor]] = {}
         for key, value in values.items():
-            _, call, age, name = key.split(".")
-            fields.setdefault((int(call), int(age)), {})[name] = value
+            _, at_call, at_age, name = key.split(".")
+            fields.setdefault((int(at_call), int(at_age)), {})[name] = value
         read: dict[int, tuple[Entry, ...]] = {}
         for (call, age), entry in sorted(fields.items(), key=lambda item: item[0]):
             if set(entry) != set(Entry._fields) or age != len(read.get(call, ())):

@@ -125,13 +125,13 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
 
     def _stock(self, x: Tensor) -> Tensor:
         """Run torch's own batch norm on batch statistics: a lone process gets its numbers to the last bit."""
-        track = self.training and self.track_running_stats
+        count = self.num_batches_tracked if self.training and self.track_running_stats else None
         factor = 0.0 if self.momentum is None else self.momentum
-        if track:
-            self.num_batches_tracked.add_(1)
+        if count is not None:
+            count.add_(1)
             if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-        mean, var = (self.running_mean, self.running_var) if track else (None, None)
+                factor = 1.0 / float(count)
+        mean, var = (self.running_mean, self.running_var) if count is not None else (None, None)
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
     def _synchronized(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -159,7 +159,7 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
         Subclasses with a forward of their own (CBN and other layers) stay: they are no plain batch norms.
         """
         plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        if getattr(type(module), "forward", None) in plain:
+        if isinstance(module, _BatchNorm) and type(module).forward in plain:
             new = cls(
                 module.num_features,
                 module.eps,
