@@ -120,18 +120,16 @@ def test_annotations_agree_with_the_images(split, root):
             assert picture[mask].mean() > ground + 20, "there is no chalk under the mask"
 
 
-def test_masks_are_exact():
-    """On a black ground without noise, chalk of one colour: the mask is where at least half of it arrives."""
-    rng = np.random.default_rng(3)
-    for source in range(0, 1797, 300):
-        where = rng.uniform(40, 88, 2)
-        coverage = digits._coverage(source, 128, rng.uniform(28, 56), rng.uniform(-0.2, 0.2), where)
-        picture = np.zeros((128, 128, 3))
-        digits._paint(picture, coverage, np.full(3, 200.0))
-        sure = abs(coverage - 0.5) > 0.01  # but for what rounding to bytes hides
-        assert np.array_equal(digits._pixels(picture)[sure, 0] > 100, coverage[sure] > 0.5)
-        y, x = np.nonzero(coverage >= 0.5)
-        assert abs(np.array([y.min() + y.max(), x.min() + x.max()]) / 2 - where).max() < 12
+def test_masks_are_exact(monkeypatch):
+    """With chalk of one colour on black ground, the masks together are where at least half of it arrives."""
+    monkeypatch.setattr(digits, "_ground", lambda rng, side: np.zeros((side, side, 3)))
+    monkeypatch.setattr(digits, "_chalk", lambda rng: np.full(3, 200.0))
+    for seed in range(8):
+        picture, instances = digits._detection_image(np.random.default_rng(seed), "train")
+        drawn, masked = picture[..., 0] >= 100, np.any([mask for _, mask in instances], axis=0)
+        assert masked.sum() > 200
+        assert not (masked & ~drawn).any()
+        assert (drawn & ~masked).sum() <= 0.01 * masked.sum()  # where two soft edges lie upon each other
 
 
 def test_a_rendered_digit_looks_like_its_source():
