@@ -467,6 +467,30 @@ def test_calls_without_backward_do_not_pile_up():
     assert lengths(net.norm) == {0: 2}
 
 
+def new_weights(net):
+    with torch.no_grad():
+        net.conv.weight.mul_(0.9)
+
+
+def evaluation(net):
+    net.eval()
+    net.train()
+
+
+@pytest.mark.parametrize("event", [new_weights, evaluation])
+def test_an_iteration_ends_without_a_backward_pass(event):
+    """Outputs that somebody still holds are not levels of one head if the weights have changed since."""
+    net = pair(buffer_num=2)
+    held = []
+    for x in batches(3):
+        held.append(net(x))
+        event(net)
+    assert lengths(net.norm) == {0: 2}
+    assert net.norm.cbn_calls == 3
+    held += [net(x) for x in batches(2)]  # these are
+    assert lengths(net.norm) == {0: 2, 1: 1}
+
+
 class Checkpointed(nn.Module):
     def __init__(self, net, use_reentrant):
         super().__init__()

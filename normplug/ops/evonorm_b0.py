@@ -74,7 +74,7 @@ def reference(
         t = torch.div(xb, torch.maximum(t, bound[cs], out=t), out=t)
         if weight is not None:
             t.mul_(weight[cs])
-        y3[ns, cs] = t if bias is None else t.add_(bias[cs])
+        torch.add(t, 0 if bias is None else bias[cs], out=y3[ns, cs])
     return y, mean, std, total
 
 
@@ -144,7 +144,8 @@ def reference_backward(
         t = is_above.mul_(std[ns, cs].unsqueeze(2) - bound[cs]).add_(bound[cs])  # std where it is above, else bound
         t.div_(d).div_(d).mul_(gb).mul_(weight[cs])
         torch.sub(xb, mean[ns, cs].unsqueeze(2), out=d)
-        dx3[ns, cs] = t.addcmul_(d, slope[ns, cs].unsqueeze(2)).add_(shift[ns, cs].unsqueeze(2))
+        t.addcmul_(d, slope[ns, cs].unsqueeze(2))
+        torch.add(t, shift[ns, cs].unsqueeze(2), out=dx3[ns, cs])
     return dx, dweight.sum(0), dbias.sum(0), -w * dv.sum(0)
 
 

@@ -79,8 +79,8 @@ def reference(
         gs = slice(cs.start // size, cs.start // size + groups)
         mean[ns, gs], rstd[ns, gs] = m, r
         scale = _spread(r, xb.shape[1])
-        t = torch.mul(xb, v[cs], out=t).sigmoid_().mul_(xb).mul_(scale if weight is None else scale * weight[cs])
-        y3[ns, cs] = t if bias is None else t.add_(bias[cs])
+        torch.mul(xb, v[cs], out=t).sigmoid_().mul_(xb).mul_(scale if weight is None else scale * weight[cs])
+        torch.add(t, 0 if bias is None else bias[cs], out=y3[ns, cs])
     return y, mean, rstd
 
 
@@ -116,17 +116,19 @@ def reference_backward(
         gs = slice(cs.start // size, (cs.start + channels) // size)
         r = _spread(rstd[ns, gs], channels)
         s = torch.mul(xb, v[cs]).sigmoid_()
-        rest = s * xb
-        t = gb * rest
-        torch.sub(xb, rest, out=rest)  # x (1 - s)
+        rest = torch.addcmul(xb, s, xb, value=-1)  # x (1 - s)
+        s.mul_(gb)
+        t = s * xb
         sums = t.sum(2, keepdim=True) * r
         dbias[ns, cs], dweight[ns, cs] = gb.sum(2), sums.squeeze(2)
-        dv[ns, cs] = (t.mul_(rest).sum(2, keepdim=True) * r * weight[cs]).squeeze(2)
+        scale = r * weight[cs]
+        rest.mul_(s)
+        dv[ns, cs] = (torch.mul(rest, xb, out=t).sum(2, keepdim=True) * scale).squeeze(2)
+        direct = s.mul_(scale).addcmul_(rest, scale * v[cs])
         m = _of_groups(sums * weight[cs], channels // size) / (size * p)
         slope = _spread(m, channels) * r * r
-        direct = rest.mul_(v[cs]).add_(1).mul_(s).mul_(gb).mul_(r * weight[cs])
         torch.sub(xb, _spread(mean[ns, gs], channels), out=t)
-        dx3[ns, cs] = direct.addcmul_(t, slope, value=-1)
+        torch.addcmul(direct, t, slope, value=-1, out=dx3[ns, cs])
     return dx, dweight.sum(0), dbias.sum(0), dv.sum(0)
 
 
