@@ -1,12 +1,17 @@
-"""What every op needs: the dtype of its sums, dense inputs, views per channel, and the fused activations."""
+"""What every op needs: the dtype of its sums, dense inputs, views per channel, fused activations, its kernel."""
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import CustomOpDef
 
-__all__ = ["ACTIVATIONS", "acc_dtype", "activate", "activation_grad", "check_act", "dense", "per_channel"]
+__all__ = ["ACTIVATIONS", "acc_dtype", "activate", "activation_grad", "check_act", "dense", "per_channel", "use_kernel"]
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -80,3 +85,29 @@ def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
     if act == "relu":  # by far the most common: one pass without a mask, and masked_fill forgets channels-last
         return torch.ops.aten.threshold_backward(dy, z, 0)
     return dy * ACTIVATIONS[act][1](z)
+
+
+def use_kernel(op: CustomOpDef, reference: Callable[..., Any], kernel: str) -> None:
+    """Let an op run a Triton kernel on CUDA, for half and single precision; double precision stays with ATen.
+
+    Args:
+        op: What ``torch.library.custom_op`` returned.
+        reference: Its implementation for every device.
+        kernel: File and function in ``normplug.kernels`` with the arguments and results of the reference,
+            "group_norm.forward". Imported on first use: CPU-only machines need no Triton.
+    """
+    file, function = kernel.split(".")
+
+    @op.register_kernel("cuda")
+    def launch(*args):
+        x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if acc_dtype(x) == torch.float64 or not has_triton():
+            return reference(*args)
+        with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
+            return getattr(importlib.import_module(f"normplug.kernels.{file}"), function)(*args)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Tell whether Triton is installed: it comes with torch on Linux, elsewhere ATen does its work."""
+    return importlib.util.find_spec("triton") is not None
