@@ -4,6 +4,7 @@ A formula is the paper's mathematics in plain torch, without the package's code.
 keyword, the layer's parameters.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Half types may be wrong by their own last rounding, half a unit; Triton's interpreter cuts bfloat16 off instead.
+BFLOAT16_ULPS = 1.1 if "interpreted" in sys.modules else 0.6
 
 
 @dataclass(frozen=True)

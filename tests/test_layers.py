@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DEVICE
+from cases import BFLOAT16_ULPS, CASES, DEVICE
 
 import normplug  # noqa: F401
 from normplug.registry import MODELS
@@ -13,7 +13,7 @@ SHAPES = [(2, 6), (2, 6, 5), (3, 6, 7, 5), (2, 6, 3, 5, 4), (0, 6, 4)]  # odd si
 # Allowed error, in units of the last place of the largest value. The wide types compute and keep their own last
 # places: subtracting a mean of 10 costs a few of them (E[x²] - E[x]² costs hundreds). The half types compute in
 # float32 and may be wrong by their one rounding only.
-ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 0.6, torch.bfloat16: 0.6}
+ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 0.6, torch.bfloat16: BFLOAT16_ULPS}
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

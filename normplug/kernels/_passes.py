@@ -90,20 +90,14 @@ def _tile(unit, tiles, channel, outer, inner, CHANNELS_LAST: tl.constexpr, BO: t
 @triton.jit
 def _channels(channel, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):
     """Return the channels of a tile along their axis: (1, BI) or (BO, 1)."""
-    if CHANNELS_LAST:
-        c = channel + tl.arange(0, BI)[None, :]
-    else:
-        c = channel + tl.arange(0, BO)[:, None]
+    c = channel + tl.arange(0, BI)[None, :] if CHANNELS_LAST else channel + tl.arange(0, BO)[:, None]
     return c
 
 
 @triton.jit
 def _load(ptr, offs, mask, other):
     """Return values as float32, or a constant where there is no tensor."""
-    if ptr is None:
-        value = other
-    else:
-        value = tl.load(ptr + offs, mask=mask, other=other).to(tl.float32)
+    value = other if ptr is None else tl.load(ptr + offs, mask=mask, other=other).to(tl.float32)
     return value
 
 
@@ -116,10 +110,7 @@ def _store(ptr, offs, value, mask):
 @triton.jit
 def _over_positions(t, CHANNELS_LAST: tl.constexpr):
     """Sum a tile over its positions and keep both axes."""
-    if CHANNELS_LAST:
-        s = tl.sum(t, 0, keep_dims=True)
-    else:
-        s = tl.sum(t, 1, keep_dims=True)
+    s = tl.sum(t, 0, keep_dims=True) if CHANNELS_LAST else tl.sum(t, 1, keep_dims=True)
     return s
 
 
@@ -317,10 +308,7 @@ def _order(channel_tiles, tiles, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _load_at(ptr, start, offs, mask):
     """Load from a tensor that may be absent."""
-    if ptr is None:
-        value = 0.0
-    else:
-        value = _load(ptr + start, offs, mask, 0.0)
+    value = 0.0 if ptr is None else _load(ptr + start, offs, mask, 0.0)
     return value
 
 
@@ -487,10 +475,7 @@ def gradient(
 @triton.jit
 def _group_tile(outer, inner, group_size, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):
     """Return what ``_tile`` does for the group of this program, and its sample and channels."""
-    if CHANNELS_LAST:
-        groups = inner // group_size
-    else:
-        groups = outer // group_size
+    groups = inner // group_size if CHANNELS_LAST else outer // group_size
     n, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     o, i = tl.arange(0, BO)[:, None], tl.arange(0, BI)[None, :]
     channel = group * group_size
@@ -553,10 +538,7 @@ def _group_backward(
     dy = _load(dy_ptr + start, offs, mask, 0.0)
     x = _load(x_ptr + start, offs, mask, 0.0)
     residual = _load_at(residual_ptr, start, offs, mask)
-    if mean_ptr is None:
-        mean = 0.0
-    else:
-        mean = tl.load(mean_ptr + tl.program_id(0))
+    mean = 0.0 if mean_ptr is None else tl.load(mean_ptr + tl.program_id(0))
     rstd = tl.load(rstd_ptr + tl.program_id(0))
     weight = _load(weight_ptr, c, valid, 1.0)
     dx, e0, e1, e2, _, _ = GRADS(
@@ -573,10 +555,7 @@ def _group_backward(
     )
     if dz_ptr is not None:
         _store(dz_ptr + start, offs, e0, mask)
-    if CHANNELS_LAST:
-        channels = inner
-    else:
-        channels = outer
+    channels = inner if CHANNELS_LAST else outer
     at = n * channels + c
     step = samples.to(tl.int64) * channels
     s0, s1 = _over_positions(e0, CHANNELS_LAST), _over_positions(e1, CHANNELS_LAST)

@@ -1,6 +1,5 @@
 """Kernels of evonorm_s0."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

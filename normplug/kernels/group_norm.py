@@ -1,6 +1,5 @@
 """Kernels of group_norm."""
 
-import torch
 from torch import Tensor
 
 from normplug.kernels import _passes
