@@ -144,6 +144,6 @@ def test_wrong_input_is_named(case):
 @each_case
 def test_every_layer_takes_eps_and_a_misspelt_argument_fails(case):
     cls = MODELS.get(case.layer)
-    assert cls(6, eps=1e-3, **case.kwargs).eps == 1e-3
+    assert cls(6, **case.kwargs | {"eps": 1e-3}).eps == 1e-3
     with pytest.raises(TypeError):
         cls(6, num_group=3)

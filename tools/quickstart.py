@@ -37,6 +37,7 @@ NORMS = {
     "CBN": "cbn",
     "EvoNormB0": "evonorm-b0",
     "EvoNormS0": "evonorm-s0",
+    "FRN": "frn",
 }
 # task -> (config name, [(key in mmengine's log, column)])
 TASKS = {

@@ -3,9 +3,9 @@
 Every model that a ``MODELS`` registry builds passes through ``adapt`` once ``install`` has run. A model without a
 layer of ours is left alone. In the others, three assumptions of the toolkits are corrected:
 
-- *An activation follows the norm.* Layers such as EvoNorm contain theirs. Where the toolkit applies one right
-  behind such a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer
-  gives up its own and is affine only, as in the EvoNorm authors' code. The ReLU behind a residual sum stays.
+- *An activation follows the norm.* EvoNorm and FRN contain theirs. Where the toolkit applies one right behind such
+  a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer gives up its own:
+  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays.
 - *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
 - *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
 
@@ -163,7 +163,7 @@ class ActivatesInNorms:
 
 
 def _activates(layer: nn.Module) -> bool:
-    """Whether a layer of ours applies an activation: always like EvoNorm, or asked to like GN with act='relu'."""
+    """Whether a layer of ours applies an activation: always like FRN, or asked to like GN with act='relu'."""
     return _is_ours(layer) and (getattr(layer, "contains_activation", False) or getattr(layer, "act", None) is not None)
 
 
