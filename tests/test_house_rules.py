@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "ops": ({"ops", "kernels"}, set()),
     "layers": ({"layers", "ops"}, set()),
     "openmmlab": ({"openmmlab", "layers", "ops"}, {"mmengine", *TOOLKITS}),
+    "bench": ({"", "bench", "layers", "ops"}, {"mmcv"}),
     "registry.py": ({"layers", "openmmlab"}, {"mmengine", "mmcv"}),
     "__init__.py": ({"layers", "ops", "registry", "_version"}, set()),
-    "__main__.py": ({"", "layers", "registry"}, set()),
+    "__main__.py": ({"", "bench", "layers", "registry"}, set()),
     "_version.py": (set(), set()),
 }
 
