@@ -41,8 +41,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
 # Shapes of Mask R-CNN R50-FPN and I3D R50: maps whose groups are split, the largest that fit, and a RoI head's.
 SHAPES = (2, 256, 200, 336), (8, 256, 8, 56, 56), (2, 256, 25, 42), (1024, 256, 14, 14)
+FILES = "group_norm", "batch_norm", "evonorm_s0", "evonorm_b0", "filter_response_norm", "weight_standardize"
 # kernels that write a tensor of the input's size
-STREAMS = {"apply", "gradient", "group_forward", "group_backward"}
+STREAMS = {"apply", "gradient", "group_forward", "group_backward", "standardize"}
 HEADER = [
     "op",
     "kernel",
@@ -75,10 +76,14 @@ class Launch:
     def width(self) -> int:
         """Bits that neighbouring values allow to load at once: rows start at multiples of VEC values."""
         constants = dict(self.constants)
+        if "DTYPE" in constants:  # the kernel has a branch for what is aligned
+            return 128
         return min(128, constants.get("VEC", 1) * int(self.dtype.strip("bfp")))
 
     @property
     def dtype(self) -> str:
+        if "DTYPE" in dict(self.constants):  # where tensors are given by address
+            return dict(self.constants)["DTYPE"].name
         types = [t for _, t in self.signature if t.startswith("*")]
         return next((t[1:] for t in types if t != "*fp32"), "fp32")
 
@@ -126,6 +131,7 @@ def record(op: str, layout: str, call) -> list[Launch]:
 def calls() -> Iterator[tuple[str, str, Any]]:
     """Yield op, layout and a call, for every op, dtype and layout, with groups that fit on chip and that do not."""
     empty = partial(torch.empty, device="meta")
+    gn, bn, s0, b0, frn, ws = (importlib.import_module(f"normplug.kernels.{name}") for name in FILES)
     for dtype in DTYPES.values():
         for shape in SHAPES:
             last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
@@ -134,10 +140,6 @@ def calls() -> Iterator[tuple[str, str, Any]]:
                 n, c = shape[:2]
                 w = empty(c)
                 stat, groups, instances = empty(c), empty(n, 32), empty(n, c)
-                gn, bn, s0, b0, frn = (
-                    importlib.import_module(f"normplug.kernels.{name}")
-                    for name in ("group_norm", "batch_norm", "evonorm_s0", "evonorm_b0", "filter_response_norm")
-                )
                 for op, call in (
                     ("group_norm", partial(gn.forward, x, 32, w, w, 1e-5, "relu", x)),
                     ("group_norm", partial(gn.backward, x, x, groups, groups, w, w, "relu", x)),
@@ -153,6 +155,10 @@ def calls() -> Iterator[tuple[str, str, Any]]:
                     ("filter_response_norm", partial(frn.backward, x, x, instances, w, w, w)),
                 ):
                     yield op, layout, call
+        weights = [empty(64, 3, 7, 7, dtype=dtype), empty(256, 64, 1, 1, dtype=dtype)]
+        stat = empty(320, 1)
+        yield "weight_standardize", "any", partial(ws.forward_many, weights, 1e-5, 1, False)
+        yield "weight_standardize", "any", partial(ws.backward_many, weights, weights, stat, stat, 1e-5, 1, False)
 
 
 def launches() -> list[Launch]:
