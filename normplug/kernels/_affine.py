@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from normplug.kernels._activations import activate, activation_grad
-from normplug.kernels._passes import Formula
+from normplug.kernels._tiles import Formula
 
 __all__ = ["AFFINE"]
 
