@@ -1,7 +1,6 @@
 """Weight standardization: convolutions whose filters have mean 0 and deviation 1."""
 
 import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -119,17 +118,16 @@ class _WSConv(nn.Module):
 
 
 def standardize_together(model: Model, enabled: bool = True, devices: tuple[str, ...] = ("cuda",)) -> Model:
-    """Let each call of a model standardize the weights of all its WSConvs in one launch, and not layer by layer.
+    """Let a call of a model standardize the weights of all its WSConvs in one launch, and not layer by layer.
 
     Models built from a config do so already. The numbers are the same, bit for bit, except that a layer which runs
     several times in one call has its gradients added before they pass through the standardization and not after it.
-    A layer finds its weight as it was when the call began. In a call without gradients the standardized weights of
-    all layers are there at once. All gradients are ready at the end of the backward pass: where the all-reduce of
-    DistributedDataParallel takes long, do parts of the network separately, so that it can start before.
+    What the model's own forward writes to ``weight.data`` of a trained layer counts from the next call on. In a call
+    without gradients the standardized weights of all layers are there at once.
 
-    >>> standardize_together(model, enabled=False)  # doctest: +SKIP
-    >>> for stage in (model.layer1, model.layer2, model.layer3, model.layer4):  # doctest: +SKIP
-    ...     standardize_together(stage)
+    The gradients of all these weights are ready at the end of the backward pass. Where the all-reduce of
+    DistributedDataParallel takes long and should start before, switch the whole model off (``enabled=False``) and
+    then its stages on, one by one.
 
     Args:
         model: Any module.
@@ -154,7 +152,7 @@ class _Call:
     """A running call of a model, and what it has standardized: for a layer the weight, its version and the result."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.backward = model, torch._C._current_graph_task_id()
+        self.model = model
         self.results: dict[nn.Module, tuple[Tensor, int | None, Tensor]] = {}
         self.is_complete = True
 
@@ -163,9 +161,6 @@ class _Call:
         outs = weight_standardize_many(weights, eps, correction, eps_inside)
         for layer, weight, out in zip(layers, weights, outs, strict=True):
             self.results[layer] = weight, None if weight.is_inference() else weight._version, out
-        if outs[0].grad_fn is not None:  # a backward pass inside of the model's forward uses the results up
-            call = weakref.ref(self)
-            outs[0].grad_fn.register_hook(lambda *_: call() and call().results.clear())
 
 
 class _Calls(threading.local):
@@ -244,14 +239,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def _standardized_for(layer: nn.Module) -> Tensor | None:
-    """Return what a running call has standardized for a layer, if that is what the layer would compute now.
-
-    Its graph must be that of the pass which runs: inside a backward pass activation checkpointing calls layers again
-    and goes backward through them at once, which the graph of all weights would bear only once.
-    """
-    backward = torch._C._current_graph_task_id() if _calls.stack else None
+    """Return what a running call has standardized for a layer, if that is what the layer would compute now."""
     for call in reversed(_calls.stack):
-        if layer in call.results and call.backward == backward:
+        if layer in call.results:
             known, version, out = call.results[layer]
             weight = layer.weight
             if (
