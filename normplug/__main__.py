@@ -1,4 +1,4 @@
-"""``python -m normplug list`` shows every layer, ``python -m normplug env`` what a bug report needs."""
+"""``python -m normplug list`` shows every layer, ``env`` what a bug report needs, and ``bench`` measures the ops."""
 
 import argparse
 import importlib.metadata
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import normplug
+from normplug import bench
 from normplug.registry import config_names
 
 COLUMNS = ["config name", "class", "family", "batch statistics", "fuses activation", "dims", "GPU kernel", "paper"]
@@ -128,7 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     listing = commands.add_parser("list", help="every layer and what it needs")
     listing.add_argument("--markdown", action="store_true", help="as the table of the README")
     commands.add_parser("env", help="versions and devices, for a bug report")
+    bench.add_arguments(
+        commands.add_parser(
+            "bench",
+            help="time the ops against their peers and the memory they must move",
+            description=bench.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     args = p.parse_args(argv)
+    if args.command == "bench":
+        return bench.main(args)
     if args.command == "list":
         print_list(args.markdown)
     else:

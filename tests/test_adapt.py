@@ -129,14 +129,14 @@ def test_checkpointed_blocks_still_run_their_branch_again_in_backward(depth):
     assert len(calls) == 3
 
 
-evonorms = pytest.mark.parametrize("norm", ["EvoNormS0", "EvoNormB0"])
+activating = pytest.mark.parametrize("norm", ["EvoNormS0", "EvoNormB0", "FRN"])
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU)
 
 
-@evonorms
+@activating
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.filterwarnings("ignore:.*use_reentrant")
-def test_no_activation_follows_an_evonorm_and_every_sum_has_its_relu(name, norm):
+@pytest.mark.filterwarnings("ignore:.*use_reentrant", "ignore:FRN got an input of shape")  # the last maps are 1 x 1
+def test_no_activation_follows_a_norm_that_contains_one_and_every_sum_has_its_relu(name, norm):
     cfg, shape = BACKBONES[name]
     model = MODELS.build(cfg | dict(norm_cfg=dict(type=norm)))
     stock = MODELS.build(cfg | dict(norm_cfg=GN))
@@ -172,14 +172,14 @@ def test_no_activation_follows_an_evonorm_and_every_sum_has_its_relu(name, norm)
         assert len(ours) + contained == len(theirs)
 
 
-@evonorms
-def test_evonorm_resnet_has_the_names_of_the_stock_resnet(norm):
+@activating
+def test_resnet_has_the_names_of_the_stock_resnet(norm):
     cfg, _ = BACKBONES["r50"]
     ours, stock = (MODELS.build(cfg | dict(norm_cfg=n)) for n in (dict(type=norm), GN))
     abbr = ours.norm1_name.removesuffix("1")
     theirs = {k.replace("gn", abbr) for k in stock.state_dict()}
     assert theirs <= set(ours.state_dict())
-    assert {k.rpartition(".")[2] for k in set(ours.state_dict()) - theirs} <= {"v", "running_var"}
+    assert {k.rpartition(".")[2] for k in set(ours.state_dict()) - theirs} <= {"v", "tau", "running_var"}
     assert not any(k.endswith(".v") for k in ours.state_dict() if f"{abbr}3." in k or "downsample" in k)
     x = torch.randn(IMAGE)
     want = evaluating(ours)(x)
@@ -218,7 +218,7 @@ def test_models_without_our_layers_are_not_touched():
 def test_a_class_of_unknown_forward_is_refused_by_name():
     cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="relu"))
     with pytest.raises(
-        ValueError, match=r"GroupNorm contains its activation.*layer1\.0.*Bottle2neck.*places_activations"
+        ValueError, match=r"GroupNorm contains its activation.*layer\d\.\d.*Bottle2neck.*places_activations"
     ):
         MODELS.build(cfg)
 
@@ -454,9 +454,9 @@ def test_temporal_kernels_add_up_to_the_image_kernel_and_the_report_is_complete(
     assert loaded[f"layer2.0.downsample.{name}.bias"] == "layer2.0.downsample.1.bias"
 
 
-@evonorms
+@activating
 @pytest.mark.parametrize("source", ["BN", "GN"])
-def test_evonorm_starts_from_another_norms_weight_and_bias(norm, source, tmp_path):
+def test_a_norm_that_activates_starts_from_another_norms_weight_and_bias(norm, source, tmp_path):
     image = image_network(50, norm_cfg=dict(type="BN") if source == "BN" else GN)
     old = image.state_dict()
     model = clip_network(save(old, tmp_path), 50, norm_cfg=dict(type=norm))
@@ -469,7 +469,7 @@ def test_evonorm_starts_from_another_norms_weight_and_bias(norm, source, tmp_pat
     ):
         torch.testing.assert_close(layer.weight, old[f"layer3.0.{name}.weight"])
         torch.testing.assert_close(layer.bias, old[f"layer3.0.{name}.bias"])
-    assert (block.conv1.norm.v == 1).all()
+    assert (block.conv1.norm.tau == 0 if norm == "FRN" else block.conv1.norm.v == 1).all()
     if norm == "EvoNormB0" and source == "BN":
         torch.testing.assert_close(block.conv1.norm.running_var, old["layer3.0.bn1.running_var"])
 

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from normplug.kernels import _launch
+
 __all__ = ["backward", "backward_many", "forward", "forward_many"]
 
 # Blocks that hold a filter, each for the filters that fit in no smaller one; up to TILE as many filters as fill it.
 # They stay in registers. Longer filters, and those that do not start on 16 bytes, are read again for every pass.
 SMALL, MIDDLE, TILE, LARGE = 512, 2048, 4096, 8192
-CHUNK, WARPS = 1024, 4
+CHUNK = 1024
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -124,7 +126,7 @@ def _long_row(
 
 
 @triton.jit
-def _kernel(
+def _standardize(
     address_ptr, part_ptr, mean_ptr, std_ptr, eps, BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
     DTYPE: tl.constexpr, SMALL: tl.constexpr, MIDDLE: tl.constexpr, TILE: tl.constexpr, LARGE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -177,7 +179,7 @@ def _addresses(columns: list[list[Tensor]], device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)  # from pinned memory: no wait for the GPU
 
 
-def _launch(
+def _start(
     grads: list[Tensor], weights: list[Tensor], outs: list[Tensor], mean: Tensor, std: Tensor, backward: bool,
     eps: float, correction: int, eps_inside: bool,
 ) -> None:  # fmt: skip
@@ -189,9 +191,11 @@ def _launch(
         )
     parts = _parts(tuple((len(w), w.numel()) for w in weights), SMALL, MIDDLE, TILE, first.device)
     if len(parts) > 0:
-        _kernel[(len(parts),)](
-            _addresses([grads, weights, outs], first.device), parts, mean, std, eps, backward, correction, eps_inside,
-            DTYPES[first.dtype], SMALL, MIDDLE, TILE, LARGE, CHUNK, num_warps=WARPS,
+        addresses = _addresses([grads, weights, outs], first.device)
+        _launch.run(
+            _standardize, len(parts), addresses, parts, mean, std, eps,
+            BACK=backward, CORR=correction, INSIDE=eps_inside,
+            DTYPE=DTYPES[first.dtype], SMALL=SMALL, MIDDLE=MIDDLE, TILE=TILE, LARGE=LARGE, CHUNK=CHUNK,
         )  # fmt: skip
 
 
@@ -210,7 +214,7 @@ def forward_many(
     outs = [torch.empty_like(w) for w in weights]
     mean = torch.empty(sum(map(len, weights)), 1, dtype=torch.float32, device=weights[0].device)
     std = torch.empty_like(mean)
-    _launch(weights, weights, outs, mean, std, False, eps, correction, eps_inside)
+    _start(weights, weights, outs, mean, std, False, eps, correction, eps_inside)
     return outs, mean, std
 
 
@@ -221,7 +225,7 @@ def backward_many(
     """Return what ``reference_many_backward`` returns: the gradient of each weight."""
     outs = [torch.empty_like(w) for w in weights]
     grads = [_like(g, w) for g, w in zip(grads, weights, strict=True)]
-    _launch(grads, weights, outs, mean, std, True, eps, correction, eps_inside)
+    _start(grads, weights, outs, mean, std, True, eps, correction, eps_inside)
     return outs
 
 

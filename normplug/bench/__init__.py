@@ -1,0 +1,105 @@
+"""``python -m normplug bench``: how fast the ops are, against the memory they must move and against their peers.
+
+A case is an op on the input of one layer of Mask R-CNN R50-FPN or I3D R50, in one dtype and layout. Its result is
+compared with a formula in float64 first; what is wrong is reported and not timed. Tables go to stdout, progress to
+stderr.
+
+Exit code: 0 all of ours was right and was timed, or the time was up; 1 something of ours was wrong or failed; with
+--cpu-goals, 1 also where a goal is not reached; 2 wrong arguments.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from normplug.bench import cpu_goals
+from normplug.bench.cases import OPS
+from normplug.bench.facts import facts
+from normplug.bench.peers import PEERS
+from normplug.bench.report import markdown
+from normplug.bench.runner import DTYPES, LAYOUTS, OURS, Row, measure_all, plan
+
+__all__ = ["add_arguments", "main"]
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto: the first GPU if there is one")
+    p.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
+    p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32", "float16"])
+    p.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    p.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, metavar="PEER", help=", ".join(PEERS))
+    p.add_argument(
+        "--shapes",
+        choices=["all", "quick", "tiny"],
+        help="all layers, a few of them, or small stand-ins; default: all on a GPU, tiny on a CPU",
+    )
+    p.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time (default: no limit)")
+    p.add_argument("--each", type=float, default=0.1, help="seconds of repetitions per contender and pass")
+    p.add_argument("--out", type=Path, help="write all rows there, as JSON")
+    p.add_argument("--table", type=Path, metavar="JSON", help="measure nothing: print the tables of what --out wrote")
+    p.add_argument("--commit", help="of normplug, where its folder is no git repository")
+    p.add_argument(
+        "--cpu-goals",
+        action="store_true",
+        help="the comparison on the CPU: EvoNorm, ConvWS, GN and CBN against their stock counterparts",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what the command line asks for."""
+    if args.table:
+        result = json.loads(args.table.read_text())
+        print((cpu_goals.markdown if result["kind"] == "cpu goals" else markdown)(result))
+        return 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter, before its first use
+    device = choose_device("cpu" if args.cpu_goals else args.device)
+    if device is None:
+        print(f"--device {args.device} is not to be had: torch {torch.__version__} sees no such GPU", file=sys.stderr)
+        return 2
+    command = ["python", "-m", "normplug", *sys.argv[1:]]
+    found = facts(device, command, args.commit)
+    if args.cpu_goals:
+        comparisons = cpu_goals.measure(args.seconds)
+        result = {"kind": "cpu goals", "facts": found, "rows": [asdict(c) for c in comparisons]}
+        _write(args.out, result)
+        print(cpu_goals.markdown(result))
+        return int(any(c.reached is False for c in comparisons))
+    todo = plan(args.ops, args.shapes or ("all" if device.type == "cuda" else "tiny"), args.dtypes, args.layouts)
+    result = {"kind": "ops", "facts": found}
+
+    def save(rows: list[Row], bandwidth: dict[str, float]) -> None:
+        result.update(bandwidth=bandwidth, rows=[asdict(row) for row in rows])
+        _write(args.out, result)
+
+    rows, _ = measure_all(todo, device, args.peers, args.seconds, args.each, save)
+    print(markdown(result))
+    return int(any(row.who == OURS and row.status in ("wrong", "failed") for row in rows))
+
+
+def choose_device(name: str) -> torch.device | None:
+    """Return the device of that name, None if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return None
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
+    if device.type != "cuda" or not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _write(path: Path | None, result: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,221 @@
+"""Tables out of rows: geometric means against each peer, the goals, one line per case. Nothing here measures."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from normplug.bench.cases import OPS
+from normplug.bench.facts import describe
+from normplug.bench.peers import PEERS
+
+__all__ = ["GOALS", "geometric_mean", "markdown", "table"]
+
+OURS = "normplug"
+STEP = "forward+backward"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number to reach: the geometric mean over shapes and layouts of peer's time over ours, or of our bandwidth."""
+
+    ops: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    peer: str  # or "copy bandwidth"
+    factor: float
+    host: bool = False  # count what Python needs where that is longer: hundreds of launches are not hidden
+
+
+FUSED = ("group_norm_relu", "group_norm_add_relu")
+BOTH = ("bfloat16", "float32")
+# Of issue 3, for an NVIDIA H200, forward and backward. The peers' rows of the same run are what counts.
+GOALS = [
+    Goal(FUSED, BOTH, "torch eager", 3.0),
+    Goal(FUSED, BOTH, "torch.compile", 1.5),
+    Goal(FUSED, BOTH, "apex", 1.1),
+    Goal(FUSED, BOTH, "liger", 1.1),
+    Goal(FUSED, BOTH, "copy bandwidth", 0.85),
+    Goal(("evonorm_s0",), BOTH, "timm", 6.0),
+    Goal(("evonorm_s0",), BOTH, "timm compiled", 1.5),
+    Goal(("weight_standardize_many",), ("float32",), "mmcv", 10.0, host=True),
+    Goal(("sync_batch_norm_relu",), BOTH, "torch eager", 1.3),
+]
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
+    """Return the geometric mean, or None of nothing."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    lines.insert(1, "|" + " --- |" * len(header))
+    return "\n".join(lines)
+
+
+def markdown(result: dict) -> str:
+    """Return the report of a run, from what ``--out`` writes."""
+    rows, copy = result["rows"], result["bandwidth"]
+    measured = [r for r in rows if r["status"] == "ok"]
+    by_case: dict[tuple, dict[str, dict]] = defaultdict(dict)
+    for row in measured:
+        by_case[_case(row)][row["who"]] = row
+    by_case = {key: case for key, case in by_case.items() if OURS in case}
+    parts = [
+        f"# normplug's ops on {result['facts']['device']}",
+        "\n".join(describe(result["facts"])),
+        f"Copy bandwidth in this run: {copy['copy_gb_per_s']:.1f} GB/s before, "
+        f"{_number(copy.get('copy_gb_per_s_at_the_end'), '.1f')} GB/s after; fractions are of the first.",
+    ]
+    if result["facts"]["device_type"] == "cuda":
+        parts += ["## Goals", goals(by_case)]
+    parts += [
+        "## Geometric means over the shapes",
+        "Times as fast as each peer (its time over ours, from the same cases); GB/s are the bytes that had to move "
+        "over the time, and the fraction is of the copy bandwidth.",
+        summary(by_case),
+        "## Every case",
+        "Milliseconds of ours with 20th and 80th percentile, then of the peers; host: milliseconds of Python per call; "
+        "peak and kept: MB beyond the inputs at the peak of forward and backward, and between them (the output "
+        "included).",
+        detail(by_case),
+        "## Bytes that had to move",
+        "Every tensor of the input's size read or written once, plus the parameters of the channels (float32, read by "
+        "each pass; their gradients written once):",
+        traffic(),
+    ]
+    problems = trouble(rows)
+    if problems:
+        parts += ["## Not measured", problems]
+    return "\n\n".join(parts) + "\n"
+
+
+def _case(row: dict) -> tuple:
+    return row["op"], row["model"], row["place"], str(row["shape"]), row["dtype"], row["layout"], row["direction"]
+
+
+def ratios(
+    by_case: dict[tuple, dict[str, dict]], peer: str, wanted: Callable[[dict], bool], host: bool = False
+) -> list[float]:
+    """Return the peer's time over ours, or our fraction of the copy bandwidth, for each case that has both."""
+
+    def spent(row: dict) -> float:
+        return max(row["ms"], row["host_ms"]) if host else row["ms"]
+
+    found = []
+    for case in by_case.values():
+        ours = case[OURS]
+        if not wanted(ours):
+            continue
+        if peer == "copy bandwidth":
+            found.append(ours["copy_fraction"])
+        elif peer in case:
+            found.append(spent(case[peer]) / spent(ours))
+    return found
+
+
+def goals(by_case: dict[tuple, dict[str, dict]]) -> str:
+    """Return the table of goals: what was measured, and whether that is enough."""
+    rows = []
+    for goal in GOALS:
+        for dtype in goal.dtypes:
+            values = ratios(
+                by_case,
+                goal.peer,
+                lambda r, goal=goal, dtype=dtype: (
+                    r["op"] in goal.ops and r["dtype"] == dtype and r["direction"] == STEP
+                ),
+                goal.host,
+            )
+            mean = geometric_mean(values)
+            got = "not measured" if mean is None else f"{mean:.2f}"
+            reached = "-" if mean is None else "reached" if mean >= goal.factor else "not reached"
+            rows.append([", ".join(goal.ops), dtype, goal.peer, f"{goal.factor:g}", got, str(len(values)), reached])
+    return table(["op", "dtype", "against", "goal", "measured", "cases", ""], rows)
+
+
+def summary(by_case: dict[tuple, dict[str, dict]]) -> str:
+    """Return geometric means per op, dtype, layout and pass."""
+    peers = [p for p in PEERS if any(p in case for case in by_case.values())]
+    groups: dict[tuple, dict[tuple, dict[str, dict]]] = defaultdict(dict)
+    for key, case in by_case.items():
+        op, *_, dtype, layout, direction = key
+        groups[op, dtype, layout, direction][key] = case
+    rows = []
+    for (op, dtype, layout, direction), group in sorted(groups.items(), key=lambda item: _rank(*item[0])):
+        ours = [case[OURS] for case in group.values()]
+        speed, fraction = (geometric_mean(r[k] for r in ours) for k in ("gb_per_s", "copy_fraction"))
+        cells = [op, dtype, layout, direction, str(len(ours)), _number(speed, ".1f"), _number(fraction, ".2f")]
+        for peer in peers:
+            values = ratios(group, peer, lambda _: True)
+            some = f" ({len(values)})" if 0 < len(values) < len(ours) else ""
+            cells.append(_number(geometric_mean(values), ".2f") + some)
+        rows.append(cells)
+    return table(["op", "dtype", "layout", "pass", "shapes", "GB/s", "of copy", *(f"x {p}" for p in peers)], rows)
+
+
+def _rank(op: str, *rest: str) -> tuple:
+    return list(OPS).index(op), *rest
+
+
+def detail(by_case: dict[tuple, dict[str, dict]]) -> str:
+    """Return a line per case."""
+    peers = [p for p in PEERS if any(p in case for case in by_case.values())]
+    rows = []
+    for (op, model, place, _, dtype, layout, direction), case in by_case.items():
+        ours = case[OURS]
+        dims = ours["shape"]
+        cells = [
+            op,
+            f"{model} {place}",
+            "x".join(map(str, dims[0])) if len(dims) == 1 else f"{len(dims)} filters",
+            dtype,
+            layout,
+            direction,
+            f"{ours['ms']:.4f} ({ours['ms_low']:.4f} to {ours['ms_high']:.4f})",
+            str(ours["repetitions"]),
+            f"{ours['host_ms']:.3f}",
+            f"{ours['bytes'] / 1e6:.2f}",
+            f"{ours['gb_per_s']:.1f}",
+            f"{ours['copy_fraction']:.2f}",
+            f"{ours['peak_bytes'] / 1e6:.1f}",
+            f"{ours['kept_bytes'] / 1e6:.1f}",
+        ]
+        cells += [_peer(case.get(peer)) for peer in peers]
+        rows.append(cells)
+    header = ["op", "layer", "shape", "dtype", "layout", "pass", "ms", "n", "host", "MB to move", "GB/s", "of copy"]
+    return table([*header, "peak", "kept", *(f"{p}: ms, peak, kept" for p in peers)], rows)
+
+
+def _peer(row: dict | None) -> str:
+    return "-" if row is None else f"{row['ms']:.4f}, {row['peak_bytes'] / 1e6:.1f}, {row['kept_bytes'] / 1e6:.1f}"
+
+
+def traffic() -> str:
+    """Return the formulas of the bytes."""
+    rows = []
+    for op in OPS.values():
+        forward, both = op.traffic.tensors(False), op.traffic.tensors(True)
+        vectors = ", ".join(op.vectors) or "none"
+        rows.append([op.name, op.traffic.forward, op.traffic.backward, f"{forward}, {both}", vectors])
+    return table(["op", "forward: reads > writes", "backward", "in all: forward, both", "parameters"], rows)
+
+
+def trouble(rows: Sequence[dict]) -> str:
+    """Return what was not measured, and why; equal reasons together."""
+    reasons: dict[tuple, int] = defaultdict(int)
+    for row in rows:
+        if row["status"] != "ok":
+            reasons[row["op"], row["who"], row["status"], row["message"]] += 1
+    lines = [[op, who, status, str(count), message] for (op, who, status, message), count in reasons.items()]
+    return (
+        table(["op", "who", "status", "rows", "why"], [[c.replace("|", "/") for c in line] for line in lines])
+        if lines
+        else ""
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
