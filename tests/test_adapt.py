@@ -288,7 +288,7 @@ def test_all_weights_of_a_detector_are_standardized_at_once(monkeypatch):
             bbox_head=dict(type="mmdet.RetinaHead", num_classes=3, in_channels=16, feat_channels=16, **ws),
         )
     )
-    alone = standardize_together(copy.deepcopy(model), enabled=False)
+    alone = standardize_together(copy.deepcopy(model), devices=())
     launches, op = [], importlib.import_module("normplug.ops.weight_standardize")
     standardize = op._standardize
     monkeypatch.setattr(op, "_standardize", lambda w, *options: launches.append(len(w)) or standardize(w, *options))
@@ -296,9 +296,7 @@ def test_all_weights_of_a_detector_are_standardized_at_once(monkeypatch):
     want = run(alone, x)
     count = sum(isinstance(module, WSConv2d) for module in model.modules())
     assert count == 22
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            hook.devices = ("cpu", "cuda")
+    standardize_together(model, ("cpu", "cuda"))
     launches.clear()
     got = run(model, x)
     assert launches[0] == count

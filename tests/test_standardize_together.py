@@ -121,7 +121,7 @@ def test_one_launch_each_way(launches, backward_launches):
     step(model, picture())
     assert launches == [6]
     assert backward_launches == [6]
-    standardize_together(model, enabled=False)
+    standardize_together(model, devices=())
     step(model, picture())
     assert launches == [6, *[1] * 6]
     assert backward_launches == [6, *[1] * 6]
@@ -359,7 +359,7 @@ def test_outside_of_the_models_forward_layers_standardize_for_themselves(stop, l
         model.head = head
         for p in model.parameters():
             p.data = 2 * p.data + 0.1
-        return standardize_together(copy.deepcopy(model), enabled=False)
+        return standardize_together(copy.deepcopy(model), devices=())
 
     alone = interrupted_and_changed()
     same(step(model, x), step(alone, x))
@@ -396,7 +396,7 @@ def test_an_interrupted_model_inside(launches):
     with torch.no_grad():
         for p in model.parameters():
             p.data = p.data + 1
-    assert torch.equal(model.inner[0](x), standardize_together(copy.deepcopy(model.inner), enabled=False)[0](x))
+    assert torch.equal(model.inner[0](x), standardize_together(copy.deepcopy(model.inner), devices=())[0](x))
 
 
 def test_a_weight_changed_in_forward():
@@ -429,7 +429,7 @@ def test_a_weight_changed_in_forward():
             return self.query(x) - target
 
     model = Momentum()
-    alone, x = standardize_together(copy.deepcopy(model), enabled=False).to(DEVICE), picture()
+    alone, x = standardize_together(copy.deepcopy(model), devices=()).to(DEVICE), picture()
     same(step(together(model).to(DEVICE), x), step(alone, x))
 
 
@@ -467,7 +467,7 @@ def test_gradients_inside_of_a_call_without(launches):
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*self.parameters()])])
 
     model, x = Adapts(), picture().detach()
-    alone = standardize_together(copy.deepcopy(model), enabled=False).to(DEVICE)
+    alone = standardize_together(copy.deepcopy(model), devices=()).to(DEVICE)
     both = together(model).to(DEVICE)
     with torch.no_grad():
         assert torch.equal(both(x), alone(x))
@@ -507,7 +507,7 @@ def test_checkpointing(how, inner):
         if inner:
             for part in (model.stem, *model.blocks):
                 together(part)
-        alone, x = standardize_together(copy.deepcopy(model), enabled=False).to(DEVICE), picture()
+        alone, x = standardize_together(copy.deepcopy(model), devices=()).to(DEVICE), picture()
         want = step(alone, x)
         same(step(model.to(DEVICE), x), want)
         same(step(together(model), x), want)
@@ -525,7 +525,7 @@ def test_checkpointing_of_whole_models(how, launches):
             return how(self.net, x)
 
     model = Outer()
-    alone, x = standardize_together(copy.deepcopy(model), enabled=False).to(DEVICE), picture()
+    alone, x = standardize_together(copy.deepcopy(model), devices=()).to(DEVICE), picture()
     want = step(alone, x)
     launches.clear()
     same(step(model.to(DEVICE), x), want)
@@ -671,7 +671,7 @@ def test_copies(launches, tmp_path):
         with torch.no_grad():
             for p in twin.parameters():
                 p.add_(torch.randn_like(p))
-        want = standardize_together(copy.deepcopy(twin), enabled=False)(x)
+        want = standardize_together(copy.deepcopy(twin), devices=())(x)
         launches.clear()
         assert torch.equal(twin(x), want)
         assert launches == [6]
@@ -685,7 +685,7 @@ def test_hooks_are_there_once(launches):
     for _ in range(3):
         together(model)
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (2, 2)
-    standardize_together(model, enabled=False)
+    standardize_together(model, devices=())
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (1, 1)
     assert not model._forward_hooks_always_called
     for other in others:
@@ -726,7 +726,7 @@ def test_nothing_outlives_its_use(train, monkeypatch):
 @pytest.mark.parametrize("part", ["model", "forward", "block"])
 def test_compiled(part, launches):
     model, x = together(Net().to(DEVICE)), picture()
-    want = step(standardize_together(copy.deepcopy(model), enabled=False), x)
+    want = step(standardize_together(copy.deepcopy(model), devices=()), x)
     compiled = model
     if part == "model":
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

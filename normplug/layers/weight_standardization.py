@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 import torch.fx
@@ -117,32 +117,37 @@ class _WSConv(nn.Module):
 # --- all weights of a model in one launch
 
 
-def standardize_together(model: Model, enabled: bool = True, devices: tuple[str, ...] = ("cuda",)) -> Model:
-    """Let a call of a model standardize the weights of all its WSConvs in one launch, and not layer by layer.
+def standardize_together(model: Model, devices: Collection[str] = ("cuda",)) -> Model:
+    """Say on which devices a call of a model standardizes the weights of all its WSConvs in one launch.
 
-    Models built from a config do so already. The numbers are the same, bit for bit, except that a layer which runs
-    several times in one call has its gradients added before they pass through the standardization and not after it.
-    What the model's own forward writes to ``weight.data`` of a trained layer counts from the next call on. In a call
-    without gradients the standardized weights of all layers are there at once.
+    Models built from a config do so on CUDA. Elsewhere, and in a model of which this is not said, every layer
+    standardizes its own weight when it is called. An empty collection turns it off, modules inside included.
+
+    The numbers are the same, bit for bit, except that a layer which runs several times in one call has its gradients
+    added before they pass through the standardization and not after it. What the model's own forward writes to
+    ``weight.data`` of a trained layer counts from the next call on. In a call without gradients the standardized
+    weights of all layers are there at once.
 
     The gradients of all these weights are ready at the end of the backward pass. Where the all-reduce of
-    DistributedDataParallel takes long and should start before, switch the whole model off (``enabled=False``) and
-    then its stages on, one by one.
+    DistributedDataParallel takes long and should start before, turn the whole model off and then its stages on, one
+    by one.
 
     Args:
         model: Any module.
-        enabled: False has every layer of the model standardize its own weight, modules inside included.
-        devices: Types of the devices whose weights are done together. Elsewhere it gains nothing.
+        devices: Device types, as in ``tensor.device.type``.
 
     Returns:
         The model.
     """
-    for module in [model] if enabled else model.modules():
+    for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (_Begin, _End))]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-    if enabled:
+            for key, hook in [*hooks.items()]:
+                if isinstance(hook, _Begin):
+                    hook.devices = frozenset(devices)
+                if isinstance(hook, (_Begin, _End)) and not devices:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+    if devices and not _is_begun(model):
         model.register_forward_pre_hook(_Begin(devices))
         model.register_forward_hook(_End(), always_call=True)
     return model
@@ -182,8 +187,8 @@ _calls = _Calls()
 class _Begin:
     """Hook before a forward: standardize what no model around this one has. An object is copied and pickled with it."""
 
-    def __init__(self, devices: tuple[str, ...]) -> None:
-        self.devices = devices
+    def __init__(self, devices: Collection[str]) -> None:
+        self.devices = frozenset(devices)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -222,6 +227,11 @@ class _End:
             _calls.end(model)
 
 
+def _is_begun(model: nn.Module) -> bool:
+    hooks = model._forward_pre_hooks
+    return bool(hooks) and any(isinstance(hook, _Begin) for hook in hooks.values())
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     """Yield every WSConv in a model, and whether it belongs to a model inside that does the same."""
     todo, seen = [(model, False)], set()
@@ -233,8 +243,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
                 yield module, is_inner
         elif module._modules and module not in seen:
             seen.add(module)
-            if module is not model and module._forward_pre_hooks:
-                is_inner |= any(isinstance(hook, _Begin) for hook in module._forward_pre_hooks.values())
+            is_inner |= module is not model and _is_begun(module)
             todo += [(child, is_inner) for child in reversed(module._modules.values()) if child is not None]
 
 
@@ -333,4 +342,4 @@ def fold_ws(model: Model) -> Model:
                 module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
                 del module.eps, module.correction, module.eps_inside
                 module.__class__ = stock  # and not a new module: hooks and every reference to it stay
-    return standardize_together(model, enabled=False)
+    return standardize_together(model, devices=())
