@@ -241,7 +241,7 @@ def train(variant: Variant, device: torch.device, tiny: bool, warmup: int, itera
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=variant.precision == "bf16"):
                 loss, _ = model.parse_losses(model(**data, mode="loss"))
             optimizer.update_params(loss)
-            return loss
+            return loss.detach()
 
         result.first_loss = float(step())
         for _ in range(warmup - 1):
