@@ -4,6 +4,7 @@ A formula is the paper's mathematics in plain torch, without the package's code.
 keyword, the layer's parameters.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Half types may be wrong by their own last rounding, half a unit; Triton's interpreter cuts bfloat16 off instead.
+BFLOAT16_ULPS = 1.1 if "interpreted" in sys.modules else 0.6
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,17 @@ def evonorm_b0(batch_var=None, eps=1e-5):
     return formula
 
 
+def frn(eps=1e-6):
+    def formula(x, weight, bias, tau=None, eps_l=0.0):
+        maps = x.reshape(*x.shape[:2], x.shape[2:].numel())  # without spatial axes a map is one value
+        square = maps.square().mean(2).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+        learned = channelwise(eps_l, x) if isinstance(eps_l, torch.Tensor) else eps_l
+        z = affine(x / (square + eps + abs(learned)).sqrt(), weight, bias)
+        return z if tau is None else torch.maximum(z, channelwise(tau, x))
+
+    return formula
+
+
 def batch_norm(act=lambda z: z):
     def formula(x, weight, bias):
         return act(affine(standardized(x, (0, *range(2, x.ndim))), weight, bias))
@@ -106,6 +120,16 @@ CASES = [
     Case("EvoNormB0", evonorm_b0(), single=False, condition=4),
     Case("EvoNormB0", evonorm_b0(batch_var=1.0), training=False, id="EvoNormB0-eval", condition=4),
     Case("EvoNormB0", affine, {"apply_act": False}, id="EvoNormB0-affine"),
+    # Over a single value x̂ is the sign of x, but for eps: an eps of 1 leaves it a gradient that can be compared.
+    *(
+        Case("FRN", frn(eps=1.0), {"eps": 1.0, **kwargs}, id=f"FRN{id}", condition=4)
+        for id, kwargs in {
+            "": {},
+            "-no-act": {"apply_act": False},
+            "-learned-eps": {"learnable_eps": True},
+            "-learned-eps-per-channel": {"learnable_eps": True, "eps_per_channel": True},
+        }.items()
+    ),
     Case("SyncBN", batch_norm(), single=False, pairs=False),
     Case("SyncBN", batch_norm(torch.relu), {"act": "relu"}, id="SyncBN-relu", single=False, pairs=False),
     Case("SyncBN", running_norm(), training=False, id="SyncBN-eval"),

@@ -1,6 +1,7 @@
 """Stock models with our layers: activations, statistics, inflation; and the registry that adapts what it builds."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from mmengine.registry import MODELS, Registry
 from torch import nn
 
 import normplug  # noqa: F401
+from normplug.layers.weight_standardization import WSConv2d, standardize_together
 from normplug.openmmlab.adapt import ActivationInNorm, adapt, install
 
 mmdet = pytest.importorskip("mmdet.models")
@@ -127,14 +129,14 @@ def test_checkpointed_blocks_still_run_their_branch_again_in_backward(depth):
     assert len(calls) == 3
 
 
-evonorms = pytest.mark.parametrize("norm", ["EvoNormS0", "EvoNormB0"])
+activating = pytest.mark.parametrize("norm", ["EvoNormS0", "EvoNormB0", "FRN"])
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU)
 
 
-@evonorms
+@activating
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.filterwarnings("ignore:.*use_reentrant")
-def test_no_activation_follows_an_evonorm_and_every_sum_has_its_relu(name, norm):
+@pytest.mark.filterwarnings("ignore:.*use_reentrant", "ignore:FRN got an input of shape")  # the last maps are 1 x 1
+def test_no_activation_follows_a_norm_that_contains_one_and_every_sum_has_its_relu(name, norm):
     cfg, shape = BACKBONES[name]
     model = MODELS.build(cfg | dict(norm_cfg=dict(type=norm)))
     stock = MODELS.build(cfg | dict(norm_cfg=GN))
@@ -170,14 +172,14 @@ def test_no_activation_follows_an_evonorm_and_every_sum_has_its_relu(name, norm)
         assert len(ours) + contained == len(theirs)
 
 
-@evonorms
-def test_evonorm_resnet_has_the_names_of_the_stock_resnet(norm):
+@activating
+def test_resnet_has_the_names_of_the_stock_resnet(norm):
     cfg, _ = BACKBONES["r50"]
     ours, stock = (MODELS.build(cfg | dict(norm_cfg=n)) for n in (dict(type=norm), GN))
     abbr = ours.norm1_name.removesuffix("1")
     theirs = {k.replace("gn", abbr) for k in stock.state_dict()}
     assert theirs <= set(ours.state_dict())
-    assert {k.rpartition(".")[2] for k in set(ours.state_dict()) - theirs} <= {"v", "running_var"}
+    assert {k.rpartition(".")[2] for k in set(ours.state_dict()) - theirs} <= {"v", "tau", "running_var"}
     assert not any(k.endswith(".v") for k in ours.state_dict() if f"{abbr}3." in k or "downsample" in k)
     x = torch.randn(IMAGE)
     want = evaluating(ours)(x)
@@ -216,7 +218,7 @@ def test_models_without_our_layers_are_not_touched():
 def test_a_class_of_unknown_forward_is_refused_by_name():
     cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="relu"))
     with pytest.raises(
-        ValueError, match=r"GroupNorm contains its activation.*layer1\.0.*Bottle2neck.*places_activations"
+        ValueError, match=r"GroupNorm contains its activation.*layer\d\.\d.*Bottle2neck.*places_activations"
     ):
         MODELS.build(cfg)
 
@@ -269,6 +271,47 @@ def test_a_gate_is_no_activation_to_replace():
 def test_conv_module_with_the_activation_elsewhere_is_refused():
     with pytest.raises(ValueError, match=r"order=\('act', 'conv', 'norm'\).*does not follow the norm"):
         MODELS.build(conv_module(order=("act", "conv", "norm")))
+
+
+# --- ConvWS
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+def test_all_weights_of_a_detector_are_standardized_at_once(monkeypatch):
+    """Once for the detector, and not again for its backbone, neck and head, which have been built before it."""
+    ws = dict(conv_cfg=dict(type="ConvWS"), norm_cfg=GN)
+    model = MODELS.build(
+        dict(
+            type="mmdet.RetinaNet",
+            backbone=dict(type="mmdet.ResNet", depth=18, with_cp=True, **TWO_STAGES, **ws),
+            neck=dict(type="mmdet.FPN", in_channels=[8, 16], out_channels=16, num_outs=5, **ws),
+            bbox_head=dict(type="mmdet.RetinaHead", num_classes=3, in_channels=16, feat_channels=16, **ws),
+        )
+    )
+    alone = standardize_together(copy.deepcopy(model), devices=())
+    launches, op = [], importlib.import_module("normplug.ops.weight_standardize")
+    standardize = op._standardize
+    monkeypatch.setattr(op, "_standardize", lambda w, *options: launches.append(len(w)) or standardize(w, *options))
+    x = inputs(IMAGE)
+    want = run(alone, x)
+    count = sum(isinstance(module, WSConv2d) for module in model.modules())
+    assert count == 22
+    standardize_together(model, ("cpu", "cuda"))
+    launches.clear()
+    got = run(model, x)
+    assert launches[0] == count
+    assert set(launches[1:]) == {1}  # the blocks, which run again in backward
+    assert len(launches) == 1 + sum(isinstance(module, WSConv2d) for module in model.backbone.modules()) - 1
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        if i < 10:
+            assert torch.equal(g, w)
+        else:  # the head runs five times: its gradients are added in another place
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+    launches.clear()
+    model.backbone(x)
+    assert launches == [count - 4 - 8]
+    plain = MODELS.build(dict(type="mmdet.FPN", in_channels=[8, 16], out_channels=16, num_outs=5, norm_cfg=GN))
+    assert not plain._forward_pre_hooks
 
 
 # --- the registries
@@ -409,9 +452,9 @@ def test_temporal_kernels_add_up_to_the_image_kernel_and_the_report_is_complete(
     assert loaded[f"layer2.0.downsample.{name}.bias"] == "layer2.0.downsample.1.bias"
 
 
-@evonorms
+@activating
 @pytest.mark.parametrize("source", ["BN", "GN"])
-def test_evonorm_starts_from_another_norms_weight_and_bias(norm, source, tmp_path):
+def test_a_norm_that_activates_starts_from_another_norms_weight_and_bias(norm, source, tmp_path):
     image = image_network(50, norm_cfg=dict(type="BN") if source == "BN" else GN)
     old = image.state_dict()
     model = clip_network(save(old, tmp_path), 50, norm_cfg=dict(type=norm))
@@ -424,7 +467,7 @@ def test_evonorm_starts_from_another_norms_weight_and_bias(norm, source, tmp_pat
     ):
         torch.testing.assert_close(layer.weight, old[f"layer3.0.{name}.weight"])
         torch.testing.assert_close(layer.bias, old[f"layer3.0.{name}.bias"])
-    assert (block.conv1.norm.v == 1).all()
+    assert (block.conv1.norm.tau == 0 if norm == "FRN" else block.conv1.norm.v == 1).all()
     if norm == "EvoNormB0" and source == "BN":
         torch.testing.assert_close(block.conv1.norm.running_var, old["layer3.0.bn1.running_var"])
 

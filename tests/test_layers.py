@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DEVICE
+from cases import BFLOAT16_ULPS, CASES, DEVICE
 
 import normplug  # noqa: F401
 from normplug.registry import MODELS
@@ -13,7 +13,7 @@ SHAPES = [(2, 6), (2, 6, 5), (3, 6, 7, 5), (2, 6, 3, 5, 4), (0, 6, 4)]  # odd si
 # Allowed error, in units of the last place of the largest value. The wide types compute and keep their own last
 # places: subtracting a mean of 10 costs a few of them (E[x²] - E[x]² costs hundreds). The half types compute in
 # float32 and may be wrong by their one rounding only.
-ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 0.6, torch.bfloat16: 0.6}
+ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 0.6, torch.bfloat16: BFLOAT16_ULPS}
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -144,6 +144,6 @@ def test_wrong_input_is_named(case):
 @each_case
 def test_every_layer_takes_eps_and_a_misspelt_argument_fails(case):
     cls = MODELS.get(case.layer)
-    assert cls(6, eps=1e-3, **case.kwargs).eps == 1e-3
+    assert cls(6, **case.kwargs | {"eps": 1e-3}).eps == 1e-3
     with pytest.raises(TypeError):
         cls(6, num_group=3)

@@ -29,6 +29,7 @@ NORMS = {
     "CBN": dict(type="CBN", buffer_num=1, burnin=1),
     "EvoNormB0": dict(type="EvoNormB0"),
     "EvoNormS0": dict(type="EvoNormS0"),
+    "FRN": dict(type="FRN", eps=1e-4),  # the last maps are single values, for which a smaller one is warned of
 }
 HAS_STATISTICS = {"SyncBN", "CBN", "EvoNormB0"}
 FOLDABLE = {"SyncBN", "CBN"}
@@ -111,8 +112,9 @@ def test_norm_decay_mult_takes_every_parameter_of_the_norms_and_no_other(dim, no
         (p,) = group["params"]
         assert group["weight_decay"] == (0.0 if id(p) in ours else 1e-4)
         assert group["lr"] == 0.1  # bias_lr_mult is for the biases of convolutions
-    if norm.startswith("EvoNorm"):
-        assert any(name.endswith(".v") for name, p in model.named_parameters() if id(p) in ours)
+    own = {"EvoNormB0": ".v", "EvoNormS0": ".v", "FRN": ".tau"}.get(norm)
+    if own:
+        assert any(name.endswith(own) for name, p in model.named_parameters() if id(p) in ours)
 
 
 # --- freezing

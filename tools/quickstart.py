@@ -37,6 +37,7 @@ NORMS = {
     "CBN": "cbn",
     "EvoNormB0": "evonorm-b0",
     "EvoNormS0": "evonorm-s0",
+    "FRN": "frn",
 }
 # task -> (config name, [(key in mmengine's log, column)])
 TASKS = {
@@ -245,6 +246,7 @@ def draw(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
     axes[0].set(xlabel="iteration", ylabel="training loss")
     for ax, (_, name) in zip(axes[1:], columns, strict=True):
         ax.set(xlabel="epoch", ylabel=f"{name} (%)", ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes:
         ax.grid(alpha=0.3)
     axes[0].legend()

@@ -192,30 +192,31 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         self._iteration = _Iteration()
         trace.follow(self)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         check_channels(self, x, self.num_features)
+        act = act or self.act
         if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, self.act, residual, self.eps_mode == "outside")
+            return normalize_by_running(self, x, act, residual, self.eps_mode == "outside")
         if not self.training or x.numel() == 0:
             trace.forget(x)
-            return batch_norm_act(x, self.weight, self.bias, self.eps, self.act, residual)[0]
-        return trace.eagerly(self._train, x, residual)  # it follows calls and backward passes in Python
+            return batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)[0]
+        return trace.eagerly(self._train, x, residual, act)  # it follows calls and backward passes in Python
 
-    def _train(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _train(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         with_graph = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if _in_backward() and self._iteration.calls:  # activation checkpointing runs this forward again
                 recomputing, statistics = True, self._statistics_of_first_pass(x)
             else:
                 recomputing, statistics = False, self._new_statistics(x, with_graph)
-        y = self._normalize(x, statistics, residual)
+        y = self._normalize(x, statistics, residual, act)
         if y.requires_grad and not recomputing:
             self._iteration.watch(y)
         return y
 
-    def _normalize(self, x: Tensor, statistics: _Statistics, residual: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, statistics: _Statistics, residual: Tensor | None, act: str | None) -> Tensor:
         mean, rstd, *shares = statistics
-        return batch_normalize(x, mean, rstd, self.weight, self.bias, self.act, residual, *shares)
+        return batch_normalize(x, mean, rstd, self.weight, self.bias, act, residual, *shares)
 
     # --- statistics
 

@@ -5,41 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normplug.layers._checks import check_channels, check_has_statistics
+from normplug.layers._contained_activation import ContainedActivation
 from normplug.ops.evonorm_b0 import evonorm_b0
 from normplug.ops.evonorm_s0 import evonorm_s0
 
 __all__ = ["EvoNormB0", "EvoNormS0"]
 
 
-class _EvoNorm(nn.Module):
-    """What the EvoNorms share: parameters, the form without activation, and other packages' checkpoints.
-
-    A layer lists nn.GroupNorm among its own bases and not through this class: mmengine's initializers look at the
-    names of the direct bases only.
-    """
-
-    # names of the authors' and other packages' checkpoints, whose tensors are (1, C, 1, 1) or (1, 1, 1, C)
-    _aliases = (("gamma", "weight"), ("beta", "bias"), ("moving_variance", "running_var"))
-    _ignored: tuple[str, ...] = ()  # what a checkpoint may hold and this layer has no use for
-
-    def _set_up(self, apply_act: bool, device, dtype) -> None:
-        self.v = nn.Parameter(torch.ones(self.num_channels, device=device, dtype=dtype))
-        self.apply_act = True
-        if not apply_act:
-            self.drop_activation()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if getattr(self, "v", None) is not None:
-            nn.init.ones_(self.v)
-
-    def drop_activation(self) -> None:
-        """Turn the layer into weight * x + bias, in place: what stands before a residual sum or has no activation.
-
-        This is the form of ``apply_act=False``: no v, no statistics. Weight and bias stay.
-        """
-        self.apply_act = self.contains_activation = self.batch_statistics = False
-        self.v = None
+class _EvoNorm(ContainedActivation):
+    """What the EvoNorms share: without their activation they are weight * x + bias, no v and no statistics."""
 
     def _affine_only(self, x: Tensor) -> Tensor:
         if self.weight is None:
@@ -50,24 +24,6 @@ class _EvoNorm(nn.Module):
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         zeros = torch.zeros_like(weight)
         return F.batch_norm(x, zeros, zeros, weight, bias, eps=1.0)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        for alias, name in self._aliases:
-            if prefix + alias in state_dict and prefix + name not in state_dict:
-                state_dict[prefix + name] = state_dict.pop(prefix + alias)
-        for name in ("weight", "bias", "v", "running_var"):
-            value = state_dict.get(prefix + name)
-            if value is not None and value.ndim > 1 and value.numel() == self.num_channels:
-                state_dict[prefix + name] = value.reshape(self.num_channels)
-        for name in self._ignored:
-            state_dict.pop(prefix + name, None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if prefix + "v" in missing_keys:  # the checkpoint of a plain norm: v stays as it is
-            missing_keys.remove(prefix + "v")
 
 
 class EvoNormS0(_EvoNorm, nn.GroupNorm):
@@ -178,6 +134,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
 
     _abbr_ = "bn"  # the attribute's name in a backbone: weight, bias and running_var of BN checkpoints find their place
     _name_ = "EvoNormB0"
+    _aliases = (*_EvoNorm._aliases, ("moving_variance", "running_var"))
     _ignored = ("running_mean", "num_batches_tracked")
     op = "evonorm_b0"
     family = "evonorm"
@@ -213,6 +170,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
 
     def drop_activation(self) -> None:
         super().drop_activation()
+        self.batch_statistics = False
         if "running_var" in self._buffers:
             del self.running_var
         self._ignored = (*EvoNormB0._ignored, "running_var")

@@ -33,8 +33,11 @@ class GroupNorm(nn.GroupNorm):
         affine: Learn weight and bias per channel.
         act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None.
 
+    A call may bring what else the op does in the same pass: ``residual``, added before the activation, and ``act``, in
+    place of the layer's own.
+
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), up to three spatial axes; N = 0 is fine. A residual has the shape of the input.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -79,9 +82,9 @@ class GroupNorm(nn.GroupNorm):
         """Number of channels, under the name that BatchNorm has for it: mmaction2's non-local blocks ask for that."""
         return self.num_channels
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         check_channels(self, x, self.num_channels, "num_channels")
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.act, residual)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act or self.act, residual)
 
     def extra_repr(self) -> str:
         size = self.num_channels // self.num_groups

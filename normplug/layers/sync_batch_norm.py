@@ -99,19 +99,20 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
     def lost_in_conversion(self) -> str:
         return f"its activation {self.act!r}" if self.act else ""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         check_channels(self, x, self.num_features)
+        act = act or self.act
         if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, self.act, residual)
+            return normalize_by_running(self, x, act, residual)
         if self.training and self._world_size() > 1:
-            return self._synchronized(x, residual)
+            return self._synchronized(x, residual, act)
         if self.training:
             check_has_statistics(self, x, values_per_channel(x))
         # With half parameters too, torch's CPU op keeps the statistics of a half input in half precision.
         exact = x.is_cuda or x.element_size() >= 4
-        if self.act is None and residual is None and x.numel() and exact:
+        if act is None and residual is None and x.numel() and exact:
             return self._stock(x)
-        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, self.act, residual)
+        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
         count = values_per_channel(x)
         if self.training and count:
             with torch.no_grad():
@@ -134,7 +135,7 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
         mean, var = (self.running_mean, self.running_var) if count is not None else (None, None)
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
-    def _synchronized(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _synchronized(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         x = dense(x)
         own = values_per_channel(x)
         with torch.no_grad():
@@ -149,7 +150,7 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
         if residual is not None:
             residual = residual.to(x.dtype)
         return _SynchronizedNormalize.apply(
-            x, mean, rstd, share, self.weight, self.bias, self.act, residual, self.process_group
+            x, mean, rstd, share, self.weight, self.bias, act, residual, self.process_group
         )
 
     @classmethod

@@ -1,13 +1,17 @@
 """The one place that makes the toolkits' stock models right for our layers, without a change to their code.
 
 Every model that a ``MODELS`` registry builds passes through ``adapt`` once ``install`` has run. A model without a
-layer of ours is left alone. In the others, three assumptions of the toolkits are corrected:
+layer of ours is left alone. In the others, four assumptions of the toolkits are corrected:
 
-- *An activation follows the norm.* Layers such as EvoNorm contain theirs. Where the toolkit applies one right
-  behind such a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer
-  gives up its own and is affine only, as in the EvoNorm authors' code. The ReLU behind a residual sum stays.
+- *An activation follows the norm.* EvoNorm and FRN contain theirs. Where the toolkit applies one right behind such
+  a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer gives up its own:
+  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays.
+- *Norm, sum and activation are three operations.* GN, SyncBN and CBN take the ReLU behind them, and the residual sum
+  before it, into their own pass over memory, wherever the input is on CUDA; see ``fuse_activations``.
 - *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
 - *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
+
+On CUDA the weights of a model's ConvWS layers are standardized in one launch: see ``standardize_together``.
 
 Parameters keep their names, so state dicts stay those of the stock models. An activation that is no longer needed
 is replaced by ``ActivationInNorm``, and a module whose methods change gets a class derived from its own. The
@@ -17,7 +21,7 @@ toolkits' classes are looked up where somebody has imported them and are never i
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from mmengine.config.utils import MODULE2PACKAGE
@@ -27,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
 from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
 
-__all__ = ["ActivationInNorm", "adapt", "install"]
+__all__ = ["ActivationInNorm", "adapt", "fuse_activations", "install"]
 
 # Not mmengine: the classes that users write derive from its BaseModule too.
 TOOLKITS = frozenset(MODULE2PACKAGE) | {"mmcv"}
@@ -60,13 +65,17 @@ def adapt(model: nn.Module) -> nn.Module:
     """
     if not any(map(_is_ours, model.modules())):
         return model
-    for path, module in list(model.named_modules()):
+    for path, module in reversed(list(model.named_modules())):  # blocks look at what became of their parts
         if any(map(_activates, module.children())):
             _place_activations(module, path, model)
+        if any(map(_can_activate, module.children())) or isinstance(module, _residual_blocks_3d()):
+            _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
             _derive(module, FreezesEveryStatistic)
         if isinstance(module, _imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
             _derive(module, InflatesEveryNorm)
+    if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
+        standardize_together(model)
     return model
 
 
@@ -140,28 +149,6 @@ def _place_in_conv_module(module: nn.Module, path: str) -> None:
     module.activate = ActivationInNorm()
 
 
-class ActivatesInNorms:
-    """Forward of mmdet's residual blocks for norms that contain the activation: the ReLU behind the sum is left.
-
-    It is also the place where a norm takes over the sum and that ReLU, once kernels make that worth while.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and x.requires_grad:
-            y = checkpoint(self._sum_of_branches, x, use_reentrant=False)
-        else:
-            y = self._sum_of_branches(x)
-        return self.relu(y)
-
-    def _sum_of_branches(self, x: Tensor) -> Tensor:
-        y = x
-        for i in (1, 2, 3) if hasattr(self, "conv3") else (1, 2):
-            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
-            if getattr(self, "with_plugins", False):
-                y = self.forward_plugin(y, getattr(self, f"after_conv{i}_plugin_names"))
-        return y + (x if self.downsample is None else self.downsample(x))
-
-
 def _activates(layer: nn.Module) -> bool:
     """Whether a layer of ours applies an activation: always like EvoNorm, or asked to like GN with act='relu'."""
     return _is_ours(layer) and (getattr(layer, "contains_activation", False) or getattr(layer, "act", None) is not None)
@@ -172,6 +159,149 @@ def _drop(norm: nn.Module) -> None:
         norm.drop_activation()
     elif _activates(norm):
         norm.act = None
+
+
+# --- norms that take an activation over
+
+
+def fuse_activations(model: nn.Module, devices: Collection[str] = ("cuda",)) -> nn.Module:
+    """Say on which devices the norms of an adapted model do the sum and the ReLU behind them in their own pass.
+
+    Results and state dicts are the same; what changes is how often memory is read and written. An adapted model
+    does it on CUDA. An empty collection turns it off, ("cuda", "cpu") also does it on a CPU.
+
+    Args:
+        model: A model that ``adapt`` has seen: every one that a registry built.
+        devices: Device types, as in ``tensor.device.type``.
+
+    Returns:
+        ``model`` itself.
+    """
+    for module in model.modules():
+        if isinstance(module, Fuses):
+            module.fuses_on = frozenset(devices)
+    return model
+
+
+def _let_norms_activate(module: nn.Module, path: str, root: nn.Module) -> None:
+    if not _is_toolkits(_owner(path, root)):
+        return
+    if type(module) is nn.Sequential and any(map(_is_relu, module)):
+        _derive(module, FusesInSequence)
+    elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
+        if _is_relu(getattr(module, "activate", None)) and tuple(module.order) == ("conv", "norm", "act"):
+            _derive(module, FusesInConvModule)
+    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
+        _derive(module, ActivatesInNorms)
+    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet"):
+        _derive(module, FusesInStem)
+    elif _keeps_forward(module, "mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d"):
+        last = module.conv3 if hasattr(module, "conv3") else module.conv2
+        if _can_activate(getattr(last, "norm", None)) and not last.with_activation:
+            _derive(module, FusesInBlock3d)
+
+
+def _residual_blocks_3d() -> tuple[type, ...]:
+    """Their norms sit in ConvModules of theirs."""
+    return _imported("mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d")
+
+
+def _can_activate(layer: nn.Module | None) -> bool:
+    """Whether a layer of ours takes an activation and a residual with its input."""
+    return layer is not None and _is_ours(layer) and getattr(layer, "act", "none") is None
+
+
+def _is_relu(layer: nn.Module | None) -> bool:
+    return type(layer) is nn.ReLU
+
+
+class Fuses:
+    """What the modules share whose norms do the activation behind them.
+
+    Everything is looked at when it runs: fused convolutions leave an Identity where the norm was.
+    """
+
+    fuses_on: frozenset[str] = frozenset({"cuda"})
+
+    def _activated(self, norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return relu(norm(x) + residual), in one pass where that is possible."""
+        if x.device.type in self.fuses_on and _can_activate(norm) and _is_relu(relu):
+            return norm(x, residual=residual, act="relu")
+        y = norm(x)
+        return relu(y if residual is None else y + residual)
+
+
+class FusesInSequence(Fuses):
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if layers and _can_activate(layer) and _is_relu(layers[0]):
+                x = self._activated(layer, layers.pop(0), x)
+            else:
+                x = layer(x)
+        return x
+
+
+class FusesInConvModule(Fuses):
+    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
+        both = activate and norm and self.with_norm and self.efficient_conv_bn_eval_forward is None
+        if not both or not _can_activate(self.norm):
+            return super().forward(x, activate, norm)
+        return self._activated(self.norm, self.activate, super().forward(x, activate=False, norm=False))
+
+
+class FusesInStem(Fuses):
+    """Forward of mmdet's ResNet."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x) if self.deep_stem else self._activated(self.norm1, self.relu, self.conv1(x))
+        x = self.maxpool(x)
+        outs = []
+        for i, name in enumerate(self.res_layers):
+            x = getattr(self, name)(x)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+
+class ActivatesInNorms(Fuses):
+    """Forward of mmdet's residual blocks, for norms that contain their activation or take it over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = x
+        last = 3 if hasattr(self, "conv3") else 2
+        for i in range(1, last + 1):
+            if i == last:  # before the last convolution: CBN looks for the one right before it
+                shortcut = x if self.downsample is None else self.downsample(x)
+            norm, y = getattr(self, f"norm{i}"), getattr(self, f"conv{i}")(y)
+            plugins = getattr(self, f"after_conv{i}_plugin_names") if getattr(self, "with_plugins", False) else []
+            if i == last and not plugins:
+                return self._activated(norm, self.relu, y, shortcut)
+            y = norm(y) if i == last or _activates(norm) else self._activated(norm, self.relu, y)
+            y = self.forward_plugin(y, plugins) if plugins else y
+        return self.relu(y + shortcut)
+
+
+class FusesInBlock3d(Fuses):
+    """Forward of mmaction2's residual blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self._forward, x, use_reentrant=False) if self.with_cp and x.requires_grad else self._forward(x)
+        return self.non_local_block(y) if self.non_local else y
+
+    def _forward(self, x: Tensor) -> Tensor:
+        last = self.conv2
+        y = self.conv1(x)
+        if hasattr(self, "conv3"):
+            y, last = self.conv2(y), self.conv3
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self._activated(last.norm, self.relu, last(y, activate=False, norm=False), shortcut)
 
 
 # --- running statistics

@@ -103,7 +103,7 @@ def use_kernel(op: CustomOpDef, reference: Callable[..., Any], kernel: str) -> N
         x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         if acc_dtype(x) == torch.float64 or not has_triton():
             return reference(*args)
-        with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
             return getattr(importlib.import_module(f"normplug.kernels.{file}"), function)(*args)
 
 

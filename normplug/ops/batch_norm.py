@@ -15,6 +15,7 @@ from normplug.ops._common import (
     dense,
     is_channels_last,
     per_channel,
+    use_kernel,
 )
 
 __all__ = ["batch_norm_act", "batch_norm_dx", "batch_norm_reduce", "batch_norm_stats", "batch_normalize"]
@@ -199,6 +200,7 @@ def reference_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _stats_op = torch.library.custom_op("normplug::batch_norm_stats", reference_stats, mutates_args=())
+use_kernel(_stats_op, reference_stats, "batch_norm.stats")
 
 
 @_stats_op.register_fake
@@ -231,6 +233,7 @@ def reference(
 
 
 _op = torch.library.custom_op("normplug::batch_normalize", reference, mutates_args=())
+use_kernel(_op, reference, "batch_norm.normalize")
 
 
 @_op.register_fake
@@ -282,6 +285,7 @@ def reference_reduce(
 
 
 _reduce_op = torch.library.custom_op("normplug::batch_norm_reduce", reference_reduce, mutates_args=())
+use_kernel(_reduce_op, reference_reduce, "batch_norm.reduce")
 
 
 @_reduce_op.register_fake
@@ -319,6 +323,7 @@ def reference_dx(
 
 
 _dx_op = torch.library.custom_op("normplug::batch_norm_dx", reference_dx, mutates_args=())
+use_kernel(_dx_op, reference_dx, "batch_norm.dx")
 
 
 @_dx_op.register_fake

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, dense
+from normplug.ops._common import acc_dtype, dense, use_kernel
 
 __all__ = ["evonorm_s0"]
 
@@ -85,6 +85,7 @@ def reference(
 
 
 _op = torch.library.custom_op("normplug::evonorm_s0", reference, mutates_args=())
+use_kernel(_op, reference, "evonorm_s0.forward")
 
 
 @_op.register_fake
@@ -133,6 +134,7 @@ def reference_backward(
 
 
 _backward_op = torch.library.custom_op("normplug::evonorm_s0_backward", reference_backward, mutates_args=())
+use_kernel(_backward_op, reference_backward, "evonorm_s0.backward")
 
 
 @_backward_op.register_fake

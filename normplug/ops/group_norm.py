@@ -11,6 +11,7 @@ from normplug.ops._common import (
     dense,
     is_channels_last,
     per_channel,
+    use_kernel,
 )
 
 __all__ = ["group_norm"]
@@ -139,6 +140,7 @@ def _native(x: Tensor, num_groups: int) -> bool:
 
 
 _op = torch.library.custom_op("normplug::group_norm", reference, mutates_args=())
+use_kernel(_op, reference, "group_norm.forward")
 
 
 @_op.register_fake
@@ -193,6 +195,7 @@ def _like_residual(x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 _backward_op = torch.library.custom_op("normplug::group_norm_backward", reference_backward, mutates_args=())
+use_kernel(_backward_op, reference_backward, "group_norm.backward")
 
 
 @_backward_op.register_fake

@@ -1,0 +1,24 @@
+"""The formula of group and batch normalization: y = act(x̂ * weight + bias + residual), x̂ = (x - mean) * rstd."""
+
+import triton
+import triton.language as tl
+
+from normplug.kernels._activations import activate, activation_grad
+from normplug.kernels._tiles import Formula
+
+__all__ = ["AFFINE"]
+
+
+@triton.jit
+def _value(x, mean, rstd, weight, bias, _v, _u, residual, ACT: tl.constexpr):
+    return activate((x - mean) * rstd * weight + bias + residual, ACT)
+
+
+@triton.jit
+def _grads(dy, x, mean, rstd, weight, bias, _v, _u, residual, ACT: tl.constexpr):
+    x_hat = (x - mean) * rstd
+    dz = activation_grad(dy, x_hat * weight + bias + residual, ACT)
+    return rstd * (weight * dz), dz, dz * x_hat, 0.0, 0.0, 0.0
+
+
+AFFINE = Formula(_value, _grads)

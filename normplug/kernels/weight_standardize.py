@@ -1,0 +1,242 @@
+"""Triton kernel of weight_standardize: the filters of any number of weights in one launch.
+
+A filter is contiguous memory in either layout, so that nothing here depends on the layout. Two tables lead a program
+to its filters: the addresses of the tensors, new in every call, and the parts, which depend on the shapes only. A
+program does one filter, or neighbours of one weight where they are small: 64 values alone would not keep it busy.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normplug.kernels import _launch
+
+__all__ = ["backward", "backward_many", "forward", "forward_many"]
+
+# Blocks that hold a filter, each for the filters that fit in no smaller one; up to TILE as many filters as fill it.
+# They stay in registers. Longer filters, and those that do not start on 16 bytes, are read again for every pass.
+SMALL, MIDDLE, TILE, LARGE = 512, 2048, 4096, 8192
+CHUNK = 1024
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _load(ptr, offs, mask, mean):
+    """Load values less their mean, and 0 behind the end."""
+    return tl.where(mask, tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
+
+
+@triton.jit
+def _divisor(std, eps, INSIDE: tl.constexpr):
+    return tl.sqrt_rn(std * std + eps) if INSIDE else std + eps
+
+
+@triton.jit
+def _slopes(sum_g, sum_d, sum_gd, std, size, eps, CORRECTION: tl.constexpr, INSIDE: tl.constexpr):
+    """Return a, b, c and e of dw = (g - a) * b - (d - c) * e, see ``reference_backward``."""
+    divisor = _divisor(std, eps, INSIDE)
+    shift = sum_d / size  # what the mean lost when it was rounded: much, where it is large
+    root = divisor if INSIDE else tl.where(std == 0, 1.0, std)  # equal values: d is 0, and so are the sums with it
+    slope = tl.div_rn(sum_gd - shift * sum_g, root) / (divisor * divisor * (size - CORRECTION))
+    return sum_g / size, tl.div_rn(1.0, divisor), shift, slope
+
+
+@triton.jit
+def _tile(
+    grad, weight, out, row, rows, size, mean_ptr, std_ptr, eps, BACKWARD: tl.constexpr, CORRECTION: tl.constexpr,
+    INSIDE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Do up to ROWS filters of at most BLOCK values, from 16 bytes to 16 bytes: everything is read once."""
+    size = size // VECTOR * VECTOR  # the same number, but now the compiler sees that the mask ends with a vector
+    start = row.to(tl.int64) * size
+    ptr: tl.constexpr = tl.pointer_type(DTYPE)
+    w_ptr, out_ptr = tl.multiple_of(weight.to(ptr), 16) + start, tl.multiple_of(out.to(ptr), 16) + start
+    r = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    offs = r * size + cols
+    mask = (r < rows) & (cols < size)
+    if BACKWARD:
+        g_ptr = tl.multiple_of(grad.to(ptr), 16) + start
+        mean, std = tl.load(mean_ptr + r, mask=r < rows, other=0.0), tl.load(std_ptr + r, mask=r < rows, other=1.0)
+        g, d = _load(g_ptr, offs, mask, 0.0), _load(w_ptr, offs, mask, mean)
+        sum_g, sum_d = tl.sum(g, axis=1, keep_dims=True), tl.sum(d, axis=1, keep_dims=True)
+        sum_gd = tl.sum(g * d, axis=1, keep_dims=True)
+        a, b, c, e = _slopes(sum_g, sum_d, sum_gd, std, size, eps, CORRECTION, INSIDE)
+        y = (g - a) * b - (d - c) * e
+    else:
+        # Less its first value, a filter has a mean near 0: no digit of it is lost, and equal values come out as 0.
+        first = tl.load(w_ptr + r * size, mask=r < rows, other=0.0).to(tl.float32)
+        d = _load(w_ptr, offs, mask, first)
+        shift = tl.sum(d, axis=1, keep_dims=True) / size
+        d = tl.where(mask, d - shift, 0.0)
+        std = tl.sqrt_rn(tl.sum(d * d, axis=1, keep_dims=True) / (size - CORRECTION))
+        y = d * tl.div_rn(1.0, _divisor(std, eps, INSIDE))
+        tl.store(mean_ptr + r, first + shift, mask=r < rows)
+        tl.store(std_ptr + r, std, mask=r < rows)
+    tl.store(out_ptr + offs, y.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _long_row(
+    grad, weight, out, row, size, mean_ptr, std_ptr, eps, BACKWARD: tl.constexpr, CORRECTION: tl.constexpr,
+    INSIDE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Do a filter of any size at any address."""
+    start = row.to(tl.int64) * size
+    ptr: tl.constexpr = tl.pointer_type(DTYPE)
+    w_ptr, out_ptr = weight.to(ptr) + start, out.to(ptr) + start
+    sum_d = tl.zeros((BLOCK,), tl.float32)
+    if BACKWARD:
+        g_ptr = grad.to(ptr) + start
+        mean, std = tl.load(mean_ptr), tl.load(std_ptr)
+        sum_g, sum_gd = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, size, BLOCK):
+            offs = begin + tl.arange(0, BLOCK)
+            g, d = _load(g_ptr, offs, offs < size, 0.0), _load(w_ptr, offs, offs < size, mean)
+            sum_g += g
+            sum_d += d
+            sum_gd += g * d
+        a, b, c, e = _slopes(tl.sum(sum_g), tl.sum(sum_d), tl.sum(sum_gd), std, size, eps, CORRECTION, INSIDE)
+        for begin in range(0, size, BLOCK):
+            offs = begin + tl.arange(0, BLOCK)
+            g, d = _load(g_ptr, offs, offs < size, 0.0), _load(w_ptr, offs, offs < size, mean)
+            tl.store(out_ptr + offs, ((g - a) * b - (d - c) * e).to(DTYPE), mask=offs < size)
+    else:
+        first = tl.load(w_ptr).to(tl.float32)
+        for begin in range(0, size, BLOCK):
+            offs = begin + tl.arange(0, BLOCK)
+            sum_d += _load(w_ptr, offs, offs < size, first)
+        shift = tl.sum(sum_d) / size
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, size, BLOCK):
+            offs = begin + tl.arange(0, BLOCK)
+            d = tl.where(offs < size, _load(w_ptr, offs, offs < size, first) - shift, 0.0)
+            squares += d * d
+        std = tl.sqrt_rn(tl.sum(squares) / (size - CORRECTION))
+        rstd = tl.div_rn(1.0, _divisor(std, eps, INSIDE))
+        for begin in range(0, size, BLOCK):
+            offs = begin + tl.arange(0, BLOCK)
+            d = _load(w_ptr, offs, offs < size, first) - shift
+            tl.store(out_ptr + offs, (d * rstd).to(DTYPE), mask=offs < size)
+        tl.store(mean_ptr, first + shift)
+        tl.store(std_ptr, std)
+
+
+@triton.jit
+def _standardize(
+    address_ptr, part_ptr, mean_ptr, std_ptr, eps, BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
+    DTYPE: tl.constexpr, SMALL: tl.constexpr, MIDDLE: tl.constexpr, TILE: tl.constexpr, LARGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # values in 16 bytes
+    part = part_ptr + tl.program_id(0) * 5
+    address = address_ptr + tl.load(part) * 3
+    row, rows, rank, size = tl.load(part + 1), tl.load(part + 2), tl.load(part + 3), tl.load(part + 4)
+    grad, weight, out = tl.load(address), tl.load(address + 1), tl.load(address + 2)
+    mean, std = mean_ptr + rank, std_ptr + rank
+    aligned = ((grad | weight | out) % 16 == 0) & (size % V == 0)
+    if aligned & (size <= SMALL):
+        _tile(grad, weight, out, row, rows, size, mean, std, eps, BACK, CORR, INSIDE, DTYPE, TILE // SMALL, SMALL, V)
+    elif aligned & (size <= MIDDLE):
+        _tile(grad, weight, out, row, rows, size, mean, std, eps, BACK, CORR, INSIDE, DTYPE, TILE // MIDDLE, MIDDLE, V)
+    elif aligned & (size <= TILE):
+        _tile(grad, weight, out, row, rows, size, mean, std, eps, BACK, CORR, INSIDE, DTYPE, 1, TILE, V)
+    elif aligned & (size <= LARGE):
+        _tile(grad, weight, out, row, rows, size, mean, std, eps, BACK, CORR, INSIDE, DTYPE, 1, LARGE, V)
+    else:
+        for i in range(rows):
+            _long_row(grad, weight, out, row + i, size, mean + i, std + i, eps, BACK, CORR, INSIDE, DTYPE, CHUNK)
+
+
+@functools.lru_cache(256)  # as many models and single layers
+def _parts(shapes: tuple[tuple[int, int], ...], small: int, middle: int, tile: int, device: torch.device) -> Tensor:
+    """Return a row for each program: weight, first filter, number of filters, first among all, and their size.
+
+    Args:
+        shapes: Number of filters and of all values of each weight.
+        small: See SMALL, as the next two.
+        middle: See MIDDLE.
+        tile: See TILE.
+        device: Where the table is kept.
+    """
+    parts, rank = [], 0
+    for index, (count, values) in enumerate(shapes):
+        size = values // max(count, 1)
+        step = tile // small if size <= small else tile // middle if size <= middle else 1
+        parts += [(index, row, min(step, count - row), rank + row, size) for row in range(0, count, step)]
+        rank += count
+    parts.sort(key=lambda part: -part[-1])  # the longest filters first, so that none is started last
+    return torch.tensor(parts, dtype=torch.int32, device="cpu").view(-1, 5).to(device)
+
+
+def _addresses(columns: list[list[Tensor]], device: torch.device) -> Tensor:
+    """Return the addresses of the tensors of each weight side by side."""
+    addresses = [t.data_ptr() for tensors in zip(*columns, strict=True) for t in tensors]
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)  # from pinned memory: no wait for the GPU
+
+
+def _start(
+    grads: list[Tensor], weights: list[Tensor], outs: list[Tensor], mean: Tensor, std: Tensor, backward: bool,
+    eps: float, correction: int, eps_inside: bool,
+) -> None:  # fmt: skip
+    first = weights[0]
+    if any(w.dtype != first.dtype or w.device != first.device for w in weights):
+        raise ValueError(
+            f"weight_standardize_many takes weights of one dtype and device, but got "
+            f"{sorted({f'{w.dtype} on {w.device}' for w in weights})}. Call it once for each."
+        )
+    parts = _parts(tuple((len(w), w.numel()) for w in weights), SMALL, MIDDLE, TILE, first.device)
+    if len(parts) > 0:
+        addresses = _addresses([grads, weights, outs], first.device)
+        _launch.run(
+            _standardize, len(parts), addresses, parts, mean, std, eps,
+            BACK=backward, CORR=correction, INSIDE=eps_inside,
+            DTYPE=DTYPES[first.dtype], SMALL=SMALL, MIDDLE=MIDDLE, TILE=TILE, LARGE=LARGE, CHUNK=CHUNK,
+        )  # fmt: skip
+
+
+def _like(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return a gradient that lies in memory as the weight does: itself, or a copy."""
+    layouts = zip(grad.stride(), weight.stride(), weight.shape, strict=True)
+    if grad.dtype == weight.dtype and all(g == w or size == 1 for g, w, size in layouts):
+        return grad
+    return torch.empty_like(weight).copy_(grad)
+
+
+def forward_many(
+    weights: list[Tensor], eps: float, correction: int, eps_inside: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return what ``reference_many`` returns: results, mean and std."""
+    outs = [torch.empty_like(w) for w in weights]
+    mean = torch.empty(sum(map(len, weights)), 1, dtype=torch.float32, device=weights[0].device)
+    std = torch.empty_like(mean)
+    _start(weights, weights, outs, mean, std, False, eps, correction, eps_inside)
+    return outs, mean, std
+
+
+def backward_many(
+    grads: list[Tensor], weights: list[Tensor], mean: Tensor, std: Tensor, eps: float, correction: int,
+    eps_inside: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Return what ``reference_many_backward`` returns: the gradient of each weight."""
+    outs = [torch.empty_like(w) for w in weights]
+    grads = [_like(g, w) for g, w in zip(grads, weights, strict=True)]
+    _start(grads, weights, outs, mean, std, True, eps, correction, eps_inside)
+    return outs
+
+
+def forward(weight: Tensor, eps: float, correction: int, eps_inside: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``reference`` returns."""
+    (out,), mean, std = forward_many([weight], eps, correction, eps_inside)
+    return out, mean, std
+
+
+def backward(
+    grad: Tensor, weight: Tensor, mean: Tensor, std: Tensor, eps: float, correction: int, eps_inside: bool
+) -> Tensor:
+    """Return what ``reference_backward`` returns."""
+    return backward_many([grad], [weight], mean, std, eps, correction, eps_inside)[0]

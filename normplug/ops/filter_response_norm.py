@@ -1,0 +1,132 @@
+"""filter_response_norm: each map divided by its root mean square, then kept above a learned threshold."""
+
+import torch
+from torch import Tensor
+
+from normplug.ops._blocks import blocks, planes
+from normplug.ops._common import acc_dtype, dense, use_kernel
+
+__all__ = ["filter_response_norm"]
+
+
+def filter_response_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor = 1e-6
+) -> Tensor:
+    """Return max(x / sqrt(mean(x²) + eps) * weight + bias, tau).
+
+    The mean runs over all positions of one channel of one sample. Nothing is subtracted from x.
+
+    Args:
+        x: Input (N, C, *), with any number of axes behind C; empty batches are fine.
+        weight: Scale per channel (C,).
+        bias: Shift per channel (C,).
+        tau: Least value of a channel (C,), or None for no threshold.
+        eps: Added to the mean square. A tensor (1,) or (C,), which must be positive, gets a gradient; backward then
+            keeps intermediate results of the size of x, and not x alone.
+
+    Returns:
+        A tensor with shape, dtype and memory format of x; everything in between is computed in float32 (float64
+        for a float64 x).
+
+    Raises:
+        ValueError: If x has no channel axis.
+
+    Reference:
+        S. Singh, S. Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of
+        Deep Neural Networks", CVPR 2020, eq. 1 to 3.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"filter_response_norm expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
+    x = dense(x)
+    if tau is None:
+        tau = weight.new_full(weight.shape, float("-inf"))
+    if isinstance(eps, Tensor):
+        return _with_learned_eps(x, weight, bias, tau, eps)
+    return _op(x, weight, bias, tau, eps)[0]
+
+
+def _with_learned_eps(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
+    """Leave the gradients to autograd: eps is learned where maps are tiny, and no pass over them is worth saving."""
+    x3 = planes(x).to(acc_dtype(x))
+    weight, bias, tau, eps = (t.to(x3.dtype).unsqueeze(1) for t in (weight, bias, tau, eps))
+    mean = x3.square().sum(2, keepdim=True) / max(1, x3.shape[2])
+    z = x3 * (mean + eps).rsqrt() * weight + bias
+    return torch.where(z < tau, tau, z).to(x.dtype).view(x.shape)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Map x (N, C, *) to y, laid out as x, and the 1/root of the mean square (N, C) that backward needs."""
+    y, wide = torch.empty_like(x), acc_dtype(x)
+    x3, y3 = planes(x), planes(y)
+    n, c, p = x3.shape
+    rstd = torch.zeros(n, c, dtype=wide, device=x.device)
+    weight, bias, tau = (t.to(wide).view(c, 1) for t in (weight, bias, tau))
+    for ns, cs in blocks(x3):
+        xb = x3[ns, cs].to(wide)
+        t = xb * xb
+        r = (t.sum(2, keepdim=True) / p).add_(eps).rsqrt_()
+        rstd[ns, cs] = r.squeeze(2)
+        torch.addcmul(bias[cs], xb, r * weight[cs], out=t)
+        torch.maximum(t, tau[cs], out=y3[ns, cs])
+    return y, rstd
+
+
+_op = torch.library.custom_op("normplug::filter_response_norm", reference, mutates_args=())
+use_kernel(_op, reference, "filter_response_norm.forward")
+
+
+@_op.register_fake
+def _(x, weight, bias, tau, eps):
+    return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=acc_dtype(x))
+
+
+def reference_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias and tau (C,).
+
+    With x̂ = x rstd, dz = dy where weight x̂ + bias > tau and 0 elsewhere, and the mean over a map,
+
+        dx = rstd * weight * (dz - x̂ * mean(dz * x̂))
+    """
+    dx, wide = torch.empty_like(x), rstd.dtype
+    x3, dx3, dy3 = planes(x), planes(dx), planes(dy)
+    n, c, p = x3.shape
+    dweight, dbias, dtau = (torch.zeros(n, c, dtype=wide, device=x.device) for _ in range(3))
+    weight, bias, tau = (t.to(wide).view(c, 1) for t in (weight, bias, tau))
+    for ns, cs in blocks(x3):
+        xb, gb = x3[ns, cs].to(wide), dy3[ns, cs].to(wide)
+        r = rstd[ns, cs].unsqueeze(2)
+        scale = r * weight[cs]
+        t = torch.addcmul(bias[cs] - tau[cs], xb, scale)
+        dz = torch.ops.aten.threshold_backward(gb, t, 0)  # one pass without a mask
+        dbias[ns, cs] = passed = dz.sum(2)
+        dtau[ns, cs] = gb.sum(2) - passed
+        sums = torch.mul(dz, xb, out=t).sum(2, keepdim=True) * r
+        dweight[ns, cs] = sums.squeeze(2)
+        torch.addcmul(dz.mul_(scale), xb, scale * r * sums / p, value=-1, out=dx3[ns, cs])
+    return dx, dweight.sum(0), dbias.sum(0), dtau.sum(0)
+
+
+_backward_op = torch.library.custom_op("normplug::filter_response_norm_backward", reference_backward, mutates_args=())
+use_kernel(_backward_op, reference_backward, "filter_response_norm.backward")
+
+
+@_backward_op.register_fake
+def _(dy, x, rstd, weight, bias, tau):
+    per_c = x.new_empty(x.shape[1], dtype=rstd.dtype)
+    return torch.empty_like(x), per_c, torch.empty_like(per_c), torch.empty_like(per_c)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, tau, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, bias, tau)
+
+
+def _backward(ctx, dy: Tensor, _drstd):  # rstd never leaves this file: no gradient
+    x, rstd, weight, bias, tau = ctx.saved_tensors
+    dx, dweight, dbias, dtau = _backward_op(dy, x, rstd, weight, bias, tau)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dtau.to(tau.dtype), None
+
+
+_op.register_autograd(_backward, setup_context=_save)
