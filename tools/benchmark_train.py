@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
-from normplug.bench import choose_device
+from normplug.bench import choose_device, write_json
 from normplug.bench.facts import describe, facts
 from normplug.bench.measure import quantile
 from normplug.bench.report import table
@@ -221,7 +221,10 @@ def train(variant: Variant, device: torch.device, tiny: bool, warmup: int, itera
         data = model.data_preprocessor(make_batch(variant.model, tiny), training=True)
         if variant.layout == "channels_last":
             memory_format = torch.channels_last if variant.model == RCNN else torch.channels_last_3d
-            model.to(memory_format=memory_format)
+            rank = 4 if variant.model == RCNN else 5
+            for p in model.parameters():  # not model.to(): a 4-D buffer of a video model has no 3-D format
+                if p.ndim == rank:
+                    p.data = p.data.contiguous(memory_format=memory_format)
             inputs = data["inputs"]
             flat = inputs.flatten(0, 1) if inputs.ndim == 6 else inputs
             data["inputs"] = flat.contiguous(memory_format=memory_format).view_as(inputs)
@@ -231,12 +234,14 @@ def train(variant: Variant, device: torch.device, tiny: bool, warmup: int, itera
             for name, sizes in rois.items():
                 head = getattr(model.roi_head, f"{name}_head")
                 head.register_forward_pre_hook(lambda _module, args, sizes=sizes: sizes.append(args[0].shape[0]))
+        elif variant.precision == "bf16":  # mmaction2 counts the accuracy with numpy, which has no bfloat16
+            model.cls_head.register_forward_hook(lambda _module, _args, scores: scores.float())
 
-        def step() -> float:
+        def step() -> torch.Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=variant.precision == "bf16"):
                 loss, _ = model.parse_losses(model(**data, mode="loss"))
             optimizer.update_params(loss)
-            return loss
+            return loss.detach()
 
         result.first_loss = float(step())
         for _ in range(warmup - 1):
@@ -420,9 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save(results: Sequence[Result]) -> None:
         result["rows"] = [asdict(r) for r in results]
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
     results = measure(args, save)
     print(markdown(result))
