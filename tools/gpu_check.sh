@@ -11,7 +11,7 @@ root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
 out=$(realpath -m "${1:-$root/benchmarks}") # seen from where it was called
 cd "$root" || exit 1
 commit=${2:-}
-python=${PYTHON:-$(command -v python || command -v python3)}
+python=${PYTHON:-$(command -v python3 || command -v python)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET
 
