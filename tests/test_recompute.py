@@ -50,7 +50,8 @@ def test_same_bits(name, norm):
 
 
 def test_only_ends_of_residual_blocks_are_kept():
-    stored, shape = build("r50")
+    # (on a CPU the op of GN keeps its output for the gradient of ReLU, so this looks at another norm)
+    stored, shape = build("r50", dict(type="EvoNormS0", num_groups=4))
     again = recompute_norms(copy.deepcopy(stored))
     kept, norms = outputs_alive(stored, inputs(shape))
     left, _ = outputs_alive(again, inputs(shape))

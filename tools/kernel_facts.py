@@ -146,11 +146,14 @@ def calls() -> Iterator[tuple[str, str, Any]]:
                 edge = "-" if shape in EDGES else ""
                 for op, call in (
                     ("group_norm", partial(gn.forward, x, g, w, w, 1e-5, "relu", x)),
-                    ("group_norm", partial(gn.backward, x, x, groups, groups, w, w, "relu", x)),
+                    ("group_norm", partial(gn.backward, x, x, groups, groups, w, w, "relu_of_output", x)),
+                    ("group_norm", partial(gn.backward, x, x, groups, groups, w, w, "relu", None)),
                     ("batch_norm", partial(bn.stats, x)),
                     ("batch_norm", partial(bn.normalize, x, stat, stat, w, w, "relu", x, None, None)),
-                    ("batch_norm", partial(bn.reduce, x, x, stat, stat, w, w, "relu", x)),
-                    ("batch_norm", partial(bn.dx, x, x, stat, stat, w, w, "relu", x, stat, stat)),
+                    ("batch_norm", partial(bn.reduce, x, x, stat, stat, w, w, "relu_of_output", x)),
+                    ("batch_norm", partial(bn.dx, x, x, stat, stat, w, w, "relu_of_output", x, stat, stat)),
+                    ("batch_norm", partial(bn.reduce, x, x, stat, stat, w, w, "relu", None)),
+                    ("batch_norm", partial(bn.dx, x, x, stat, stat, w, w, "relu", None, stat, stat)),
                     ("evonorm_s0", partial(s0.forward, x, g, w, w, w, 1e-5)),
                     ("evonorm_s0", partial(s0.backward, x, x, groups, groups, w, w)),
                     ("evonorm_b0", partial(b0.forward, x, w, w, w, None, 1e-5)),

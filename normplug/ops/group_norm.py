@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from normplug.ops._common import (
+    RELU_OF_OUTPUT,
     acc_dtype,
     activate,
     activation_grad,
     check_act,
     dense,
+    for_backward,
     is_channels_last,
     per_channel,
     use_kernel,
@@ -126,7 +128,7 @@ def reference(
         z = _affine(_normalized(wide, mean, rstd), weight, bias)
     if residual is not None:
         z = z + residual
-    y = activate(z, act).to(x.dtype)
+    y = (z.relu_() if act == "relu" else activate(z, act)).to(x.dtype)
     return (y.clone() if y.data_ptr() == x.data_ptr() else y), mean, rstd
 
 
@@ -159,14 +161,19 @@ def reference_backward(
     act: str | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight (C,), bias (C,) and residual (empty without one)."""
+    """Return the gradients of x, weight (C,), bias (C,) and residual (empty without one).
+
+    With ``RELU_OF_OUTPUT`` as activation the output stands in the residual's place.
+    """
     n, c = x.shape[:2]
     num_groups = mean.shape[1]
     wide, dz = x.to(mean.dtype), dy.to(mean.dtype)
     if x.numel() == 0:
         zeros = wide.new_zeros(c)
         return torch.empty_like(x), zeros, zeros.clone(), _like_residual(x, residual)
-    if act is not None:
+    if act == RELU_OF_OUTPUT:
+        dz = activation_grad(dz, residual.to(dz.dtype), act)
+    elif act is not None:
         z = _folded(wide, mean, rstd, weight, bias)
         dz = activation_grad(dz, z if residual is None else z + residual, act)
     if _native(x, num_groups):
@@ -187,7 +194,9 @@ def reference_backward(
     dresidual = _like_residual(x, residual)
     if residual is not None:
         dresidual.copy_(dz)
-    return torch.empty_like(x).copy_(dx), dweight, dbias, dresidual
+    if dx.dtype != x.dtype or dx.stride() != x.stride():
+        dx = torch.empty_like(x).copy_(dx)
+    return dx, dweight, dbias, dresidual
 
 
 def _like_residual(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -206,14 +215,20 @@ def _(dy, x, mean, rstd, weight, bias, act, residual):
 
 def _save(ctx, inputs, output) -> None:
     x, _, weight, bias, _, act, residual = inputs
-    ctx.act, ctx.has_residual = act, residual is not None
-    # Without an activation nothing depends on the residual, with one it is needed to find z again.
-    ctx.save_for_backward(x, output[1], output[2], weight, bias, residual if act is not None else None)
+    y, mean, rstd = output
+    ctx.has_residual = residual is not None
+    # A kernel finds what ReLU met again from x, in the pass that reads x; on a CPU that would be a pass of its own.
+    alone_on_cpu = act == "relu" and x.is_cpu and residual is None
+    ctx.act, residual = (RELU_OF_OUTPUT, y) if alone_on_cpu else for_backward(act, residual, y)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
 
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
     x, mean, rstd, weight, bias, residual = ctx.saved_tensors
-    dx, dweight, dbias, dresidual = _backward_op(dy, x, mean, rstd, weight, bias, ctx.act, residual)
+    act = ctx.act
+    if act == RELU_OF_OUTPUT and not ctx.has_residual:
+        dy, act, residual = activation_grad(dy, residual, act), None, None
+    dx, dweight, dbias, dresidual = _backward_op(dy, x, mean, rstd, weight, bias, act, residual)
     if residual is None:  # then a residual, if there was one, was the last thing added
         dresidual = dy
     return (
