@@ -80,6 +80,7 @@ def in_table(model, *places):
     return {(s.role, s.dims[0]) for s in found if s.place.startswith(places)}
 
 
+@pytest.mark.slow
 def test_shapes_of_the_detector_are_those_of_its_backbone():
     mmdet = pytest.importorskip("mmdet.models")
     with torch.device("meta"):
@@ -88,6 +89,7 @@ def test_shapes_of_the_detector_are_those_of_its_backbone():
     assert found == in_table("Mask R-CNN", "stem", "stage")
 
 
+@pytest.mark.slow
 def test_shapes_of_i3d_are_those_of_its_backbone():
     pytest.importorskip("mmaction.models")
     from mmengine.config import Config
