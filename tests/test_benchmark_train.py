@@ -26,6 +26,8 @@ def test_variants_are_those_that_exist():
         ("mask_rcnn", "GN+WS")
     }
     ours = {(v.model, v.norm) for v in variants if v.implementation == "normplug"}
+    again = {(v.model, v.norm) for v in variants if v.implementation == "recompute"}
+    assert again == {(m, n) for m in train.NORMS for n in ("GN", "GN+WS", "EvoNormS0")}
     assert ours | stock == {(m, n) for m, norms in train.NORMS.items() for n in norms}
     assert {(v.precision, v.layout) for v in variants} == {
         (p, layout) for p in train.PRECISIONS for layout in train.LAYOUTS
@@ -34,6 +36,7 @@ def test_variants_are_those_that_exist():
     assert [str(v) for v in train.plan(few)] == [
         "i3d GN (normplug), fp32, contiguous",
         "i3d GN (stock), fp32, contiguous",
+        "i3d GN (recompute), fp32, contiguous",
     ]
 
 
@@ -84,7 +87,7 @@ def test_a_run_has_a_process_per_variant(tmp_path, capsys):
     [
         train.Variant("i3d", "GN+WS", "normplug", "fp32", "channels_last"),
         train.Variant("i3d", "CBN", "normplug", "fp32", "contiguous"),
-        train.Variant("mask_rcnn", "EvoNormS0", "normplug", "bf16", "channels_last"),
+        train.Variant("mask_rcnn", "EvoNormS0", "recompute", "bf16", "channels_last"),
         train.Variant("mask_rcnn", "frozen BN", "stock", "fp32", "contiguous"),
     ],
     ids=str,

@@ -1,8 +1,9 @@
 """Time whole training steps of Mask R-CNN R50-FPN and I3D R50 on random data, one process per variant.
 
 The models are those of our configs, built by the toolkits from random weights: forward, losses, backward, optimizer.
-A variant is a norm, its implementation (stock: that of torch and mmcv; normplug), a precision and a memory format.
-Loading of data is not part of a step. Tables go to stdout, progress to stderr.
+A variant is a norm, its implementation (stock: that of torch and mmcv; normplug; recompute: normplug, norms computed
+again in backward), a precision and a memory format. Loading of data is not part of a step. Tables go to stdout,
+progress to stderr.
 
 Exit code: 0 every variant ran or did not fit into --seconds; 1 some failed; 2 wrong arguments.
 """
@@ -33,6 +34,7 @@ from normplug.bench import choose_device, write_json
 from normplug.bench.facts import describe, facts
 from normplug.bench.measure import quantile
 from normplug.bench.report import table
+from normplug.openmmlab.recompute import recompute_norms
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RCNN, I3D = "mask_rcnn", "i3d"
@@ -62,7 +64,7 @@ NORMS: dict[str, dict[str, tuple[str, dict | None]]] = {
     },
 }
 ALL_NORMS = list(dict.fromkeys(itertools.chain(*NORMS.values())))
-IMPLEMENTATIONS = ("normplug", "stock")
+IMPLEMENTATIONS = ("normplug", "stock", "recompute")
 PRECISIONS = ("bf16", "fp32")  # bf16: autocast, float32 parameters
 LAYOUTS = ("contiguous", "channels_last")
 # Of issue 3, for an NVIDIA H200: times the step of the frozen BN with the same head. (norm, time, memory)
@@ -122,6 +124,8 @@ def exists(model: str, norm: str, implementation: str) -> bool:
     """Tell whether there is such a thing: BN is torch's; mmcv has no CBN, no EvoNorm and no 3-D ConvWS."""
     if norm in (BASELINE, "BN"):
         return implementation == "stock"
+    if implementation == "recompute":
+        return norm in ("GN", "GN+WS", "EvoNormS0")
     if implementation == "stock":
         return norm in ("GN", "SyncBN") or (norm == "GN+WS" and model == RCNN)
     return True
@@ -216,6 +220,8 @@ def train(variant: Variant, device: torch.device, tiny: bool, warmup: int, itera
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
         model.init_weights()
+        if variant.implementation == "recompute":
+            recompute_norms(model)
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
         model.to(device).train()
         data = model.data_preprocessor(make_batch(variant.model, tiny), training=True)

@@ -11,7 +11,7 @@ root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
 out=$(realpath -m "${1:-$root/benchmarks}") # seen from where it was called
 cd "$root" || exit 1
 commit=${2:-}
-python=${PYTHON:-$(command -v python || command -v python3)}
+python=${PYTHON:-$(command -v python3 || command -v python)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET
 
@@ -36,7 +36,7 @@ echo "== tests" >&2
 tests=()
 for file in tests/test_kernels*.py tests/test_layers.py tests/test_*_op.py tests/test_group_norm.py tests/test_evonorm.py \
     tests/test_filter_response_norm.py tests/test_weight_standardization.py tests/test_cross_iteration_batch_norm.py \
-    tests/test_sync_batch_norm.py; do
+    tests/test_sync_batch_norm.py tests/test_fusion.py tests/test_recompute.py tests/test_standardize_together.py; do
     [ -e "$file" ] && tests+=("$file")
 done
 parallel=()
