@@ -6,6 +6,7 @@ import io
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normplug.layers import CrossIterationBatchNorm, SyncBatchNorm, WSConv2d
 from normplug.layers import _convolution_trace as trace
+from normplug.layers.cross_iteration_batch_norm import Entry
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 from normplug.registry import MODELS
 
@@ -475,6 +477,21 @@ def new_weights(net):
 def evaluation(net):
     net.eval()
     net.train()
+
+
+def test_one_imprecise_channel_is_no_transformed_weight():
+    """Where products cancel, one channel may be off by its own size in half precision; a wrong weight is off everywhere."""
+    net = pair(buffer_num=2)
+    mean = torch.ones(net.norm.num_features)
+    product = mean.clone()
+    product[0] = 0.9
+    other = torch.zeros(1)
+    entry = Entry(mean, torch.ones_like(mean), other, other, product, other)
+    conv = SimpleNamespace(module=nn.Conv2d(3, len(mean), 1, bias=False))
+    net.norm._verify(entry, conv)
+    net.norm._verified = False
+    with pytest.raises(ValueError, match="not the convolution"):
+        net.norm._verify(entry._replace(mean_product=product * 0.9), conv)
 
 
 @pytest.mark.parametrize("event", [new_weights, evaluation])

@@ -307,7 +307,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         bias = conv.module.bias
         off = entry.mean - entry.mean_product - (0 if bias is None else bias)
         size = (entry.var + entry.mean.square()).sqrt()
-        if bool((off.abs() > 0.05 * size + 1e-6).any()):  # half precision is off by a tenth of that
+        # Over all channels: in half precision one whose values nearly cancel may be far off by itself.
+        if bool(off.norm() > 0.05 * size.norm() + 1e-6):
             raise ValueError(
                 f"CrossIterationBatchNorm follows {conv.module} ({type(conv.module).__module__}), but its output is "
                 f"not the convolution of its input with its weight: the means differ by {off.abs().max():.3g}. A "
