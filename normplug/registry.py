@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import normplug.layers as layers
-from normplug.openmmlab import adapt, close_gaps
+from normplug.openmmlab import adapt, close_gaps, register_hooks
 
 __all__ = ["TAKEN_OVER", "config_names", "register_all"]
 
@@ -42,6 +42,7 @@ def register_all(override: bool = True) -> None:
         for name in config_names(layer):
             _register(name, layer, override)
     adapt.install()
+    register_hooks()
 
 
 def _register(name: str, layer: type[nn.Module], override: bool) -> None:
