@@ -30,15 +30,15 @@ def build(name, norm_cfg=None):
     return MODELS.build(MODELS_2D[name] | dict(norm_cfg=norm_cfg))
 
 
-def images(name, number=3):
+def images(name, number=3, size=96):
     """Of one texture each, with some difference in colour: more than that no affine map of a GN's output can know."""
-    shape = (2, 3, 4, 48, 48) if name == "video" else (4, 3, 96, 96)
+    shape = (2, 3, 4, size // 2, size // 2) if name == "video" else (4, 3, size, size)
     return [torch.randn(shape) + 0.2 * torch.randn(shape[0], 3, *[1] * (len(shape) - 2)) for _ in range(number)]
 
 
-def trained(name):
+def trained(name, number=2, size=32):
     """A BN model with statistics that fit its weights, and weights that are not all one."""
-    model, data = build(name), images(name)
+    model, data = build(name), images(name, number, size)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -62,7 +62,7 @@ def error(model, x, want):
 
 @pytest.mark.parametrize("name", ["resnet", "video", "torchvision"])
 def test_calibrated_gn_starts_closer(name):
-    model, data = trained(name)
+    model, data = trained(name, 3, 96)
     held_out = images(name, 1)[0]
     want = output(model, held_out)
     plain, fitted = copy.deepcopy(model), copy.deepcopy(model)
@@ -76,9 +76,9 @@ def test_calibrated_gn_starts_closer(name):
 @pytest.mark.parametrize("name", ["resnet", "bottleneck", "video"])
 @pytest.mark.parametrize("kind", ["GN", "EvoNormS0", "EvoNormB0", "FRN", "FrozenBN", "SyncBN"])
 def test_the_result_is_the_model_that_a_config_builds(name, kind):
-    model, data = trained(name)
+    model, data = trained(name, 1, 48)
     groups = dict(num_groups=8) if kind == "GN" else {}
-    convert_norm(model, "BN", kind, data[:1], **groups)
+    convert_norm(model, "BN", kind, data, **groups)
     built = build(name, dict(type=kind, **groups))
     assert list(built.state_dict()) == list(model.state_dict())
     built.load_state_dict(model.state_dict(), strict=True)
@@ -148,11 +148,11 @@ def test_frozen_parameters_modes_and_constant_channels_stay():
     nn.init.zeros_(dead.weight)
     modes = {name.replace("bn", "gn"): m.training for name, m in model.named_modules()}
     nn.init.constant_(model.layer2[0].bn1.weight, 0.7)
-    convert_norm(model, "BN", "GN", images("resnet"), num_groups=8)
+    convert_norm(model, "BN", "GN", images("resnet", 1, 32), num_groups=8)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert (model.layer2[0].gn1.weight == 0.7).all()
-    model(images("resnet")[0])[-1].sum().backward()
+    model(images("resnet", 1)[0])[-1].sum().backward()
 
 
 def test_what_cannot_be_converted_is_told_before_anything_changes():
@@ -171,3 +171,36 @@ def test_what_cannot_be_converted_is_told_before_anything_changes():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match="running statistics"):
         convert_norm(nn.Sequential(normplug.layers.GroupNorm(4, 2)), "GN", "FrozenBN")
+
+
+@pytest.mark.slow
+def test_a_whole_detector_is_converted_and_still_detects_and_trains():
+    """Neck and heads too: heads of the boxes that the model itself proposes, and named as the config names them."""
+    from pathlib import Path
+
+    from mmdet.structures import DetDataSample
+    from mmengine.config import Config
+    from mmengine.structures import InstanceData
+
+    path = Path(__file__).parent.parent / "configs/_base_/models/mask-rcnn_r18_fpn_digits.py"
+    cfg = Config.fromfile(path).model
+
+    def detector(norm_cfg):
+        for part in (cfg.backbone, cfg.neck, cfg.roi_head.bbox_head, cfg.roi_head.mask_head):
+            part.norm_cfg = norm_cfg
+        return MODELS.build(cfg | dict(_scope_="mmdet"))
+
+    model = detector(BN)
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0)))
+    batches = [dict(inputs=[torch.randint(0, 255, (3, 64, 64))], data_samples=[sample.clone()]) for _ in range(2)]
+    with torch.no_grad():
+        model.eval()
+        before = model.backbone(torch.randn(1, 3, 64, 64))
+    convert_norm(model, "BN", "GN", batches, num_groups=8)
+    built = detector(dict(type="GN", num_groups=8))
+    built.load_state_dict(model.state_dict(), strict=True)
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert len(norms) == sum(isinstance(m, nn.GroupNorm) for m in built.modules())
+    assert any((m.weight != 1).any() for m in model.roi_head.bbox_head.modules() if isinstance(m, nn.GroupNorm))
+    assert isinstance(model.test_step(batches[0])[0].pred_instances, InstanceData)
+    assert len(before) == 4
