@@ -174,7 +174,7 @@ def test_what_cannot_be_converted_is_told_before_anything_changes():
 
 
 @pytest.mark.slow
-def test_a_whole_detector_is_converted_and_still_detects_and_trains():
+def test_a_whole_detector_is_converted_and_still_detects():
     """Neck and heads too: heads of the boxes that the model itself proposes, and named as the config names them."""
     from pathlib import Path
 
@@ -193,9 +193,6 @@ def test_a_whole_detector_is_converted_and_still_detects_and_trains():
     model = detector(BN)
     sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0)))
     batches = [dict(inputs=[torch.randint(0, 255, (3, 64, 64))], data_samples=[sample.clone()]) for _ in range(2)]
-    with torch.no_grad():
-        model.eval()
-        before = model.backbone(torch.randn(1, 3, 64, 64))
     convert_norm(model, "BN", "GN", batches, num_groups=8)
     built = detector(dict(type="GN", num_groups=8))
     built.load_state_dict(model.state_dict(), strict=True)
@@ -203,4 +200,3 @@ def test_a_whole_detector_is_converted_and_still_detects_and_trains():
     assert len(norms) == sum(isinstance(m, nn.GroupNorm) for m in built.modules())
     assert any((m.weight != 1).any() for m in model.roi_head.bbox_head.modules() if isinstance(m, nn.GroupNorm))
     assert isinstance(model.test_step(batches[0])[0].pred_instances, InstanceData)
-    assert len(before) == 4
