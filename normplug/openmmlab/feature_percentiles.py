@@ -150,7 +150,7 @@ def plot(history: dict[str, list[list[float]]], percentiles: tuple[float, ...], 
     rows = -(-len(history) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat[len(history) :]:
         panel.remove()
     for panel, (name, entries) in zip(axes.flat, history.items(), strict=False):
@@ -161,6 +161,7 @@ def plot(history: dict[str, list[list[float]]], percentiles: tuple[float, ...], 
         panel.set_xlabel("iteration")
         panel.grid(alpha=0.3)
     axes.flat[0].set_ylabel("feature before the norm")
-    axes.flat[0].legend(fontsize="small")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")  # no curve behind
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
