@@ -7,9 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import normplug.layers as layers
-from normplug.openmmlab import adapt, close_gaps, recompute
-
-HOOKS_OF_OURS = (recompute.RecomputeNormsHook,)  # importing them has registered them
+from normplug.openmmlab import adapt, close_gaps, register_hooks
 
 __all__ = ["TAKEN_OVER", "config_names", "register_all"]
 
@@ -45,6 +43,7 @@ def register_all(override: bool = True) -> None:
         for name in config_names(layer):
             _register(name, layer, override)
     adapt.install()
+    register_hooks()
 
 
 def _register(name: str, layer: type[nn.Module], override: bool) -> None:

@@ -89,6 +89,7 @@ def test_registered_names_are_the_contract():
         "EvoNormB0": "EvoNormB0",
         "EvoNormS0": "EvoNormS0",
         "FRN": "FilterResponseNorm",
+        "FrozenBN": "FrozenBatchNorm",
         "ConvWS": "WSConv2d",
         "ConvWS1d": "WSConv1d",
         "ConvWS2d": "WSConv2d",
@@ -97,7 +98,8 @@ def test_registered_names_are_the_contract():
     for name, cls in contract.items():
         assert MODELS.get(name) is getattr(normplug.layers, cls)
     names = {name: build_norm_layer(dict(type=name), 64)[0] for name in contract if not name.startswith("ConvWS")}
-    assert names == {"GN": "gn", "SyncBN": "bn", "CBN": "bn", "EvoNormB0": "bn", "EvoNormS0": "gn", "FRN": "frn"}
+    abbreviations = {"GN": "gn", "SyncBN": "bn", "CBN": "bn", "EvoNormB0": "bn", "EvoNormS0": "gn", "FRN": "frn"}
+    assert names == abbreviations | {"FrozenBN": "bn"}
     assert MODELS.get("BN") is __import__("torch").nn.BatchNorm2d  # mmcv's own stay
 
 

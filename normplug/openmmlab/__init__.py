@@ -1,6 +1,6 @@
 """What knows mmengine, mmcv, mmdet and mmaction2 beyond the registry."""
 
-__all__ = ["close_gaps"]
+__all__ = ["close_gaps", "register_hooks"]
 
 
 def close_gaps() -> None:
@@ -15,3 +15,8 @@ def close_gaps() -> None:
     _stand_ins.install()
     checkpoints.install()
     distributed.install()
+
+
+def register_hooks() -> None:
+    """Register our hooks with mmengine, so that ``custom_imports=dict(imports=['normplug'])`` is all they need."""
+    from normplug.openmmlab import checkpoints, feature_percentiles, precise_bn, random_state, recompute  # noqa: F401

@@ -1,0 +1,71 @@
+"""FrozenBatchNorm: batch normalization whose statistics and parameters are constants."""
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normplug.layers._batch_statistics import ConversionGuard, normalize_by_running
+from normplug.layers._checks import check_channels
+from normplug.ops._common import check_act
+
+__all__ = ["FrozenBatchNorm"]
+
+
+class FrozenBatchNorm(ConversionGuard, _BatchNorm):
+    """Batch normalization by fixed statistics, weight and bias, optionally followed by an activation.
+
+    y = act(weight * (x - running_mean) / sqrt(running_var + eps) + bias), in training too: nothing in it is ever
+    trained, moved or decayed, and ``train()`` leaves it in eval mode. The state dict is that of ``nn.BatchNorm2d``,
+    so checkpoints of BN, SyncBN and CBN load; a new layer, before that, is the identity but for eps.
+
+    Weight and bias are buffers: optimizers, ``requires_grad`` in a norm_cfg, and DistributedDataParallel have
+    nothing to find. What asks for norms by class (initializers, ``frozen_stages``, conv-BN fusion) sees a BatchNorm.
+
+    Args:
+        num_features: Number of channels C.
+        eps: Added to the variance, inside the root.
+        act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None. It is lost if the
+            layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
+
+    Shape:
+        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Output: shape, dtype and memory format of the input.
+
+    Raises:
+        ValueError: If the activation is unknown or axis 1 of the input is not C long.
+
+    Reference:
+        K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385, appendix A: the
+        statistics of pre-training are fixed when a detector is fine-tuned. There weight and bias train on; with
+        Detectron's AffineChannel, and here, they do not.
+    """
+
+    _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
+    _name_ = "FrozenBN"
+    family = "batch"
+    op = "batch_norm"
+    batch_statistics = False
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, act: str | None = None, *, device=None, dtype=None
+    ) -> None:
+        check_act(act)
+        super().__init__(num_features, eps, device=device, dtype=dtype)
+        for name in ("weight", "bias"):
+            value = self._parameters.pop(name)
+            self.register_buffer(name, value.detach())
+        self.affine = False  # no parameters: torch's convert_sync_batchnorm copies them before it can be told no
+        self.act = act
+        self.training = False
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        return super().train(False)
+
+    def lost_in_conversion(self) -> str:
+        return "what makes it frozen"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        check_channels(self, x, self.num_features)
+        return normalize_by_running(self, x, act or self.act, residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}" + (f", act={self.act!r}" if self.act else "")
