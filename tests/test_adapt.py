@@ -1,6 +1,7 @@
 """Stock models with our layers: activations, statistics, inflation; and the registry that adapts what it builds."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from mmengine.registry import MODELS, Registry
 from torch import nn
 
 import normplug  # noqa: F401
+from normplug.layers.weight_standardization import WSConv2d, standardize_together
 from normplug.openmmlab.adapt import ActivationInNorm, adapt, install
 
 mmdet = pytest.importorskip("mmdet.models")
@@ -269,6 +271,47 @@ def test_a_gate_is_no_activation_to_replace():
 def test_conv_module_with_the_activation_elsewhere_is_refused():
     with pytest.raises(ValueError, match=r"order=\('act', 'conv', 'norm'\).*does not follow the norm"):
         MODELS.build(conv_module(order=("act", "conv", "norm")))
+
+
+# --- ConvWS
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+def test_all_weights_of_a_detector_are_standardized_at_once(monkeypatch):
+    """Once for the detector, and not again for its backbone, neck and head, which have been built before it."""
+    ws = dict(conv_cfg=dict(type="ConvWS"), norm_cfg=GN)
+    model = MODELS.build(
+        dict(
+            type="mmdet.RetinaNet",
+            backbone=dict(type="mmdet.ResNet", depth=18, with_cp=True, **TWO_STAGES, **ws),
+            neck=dict(type="mmdet.FPN", in_channels=[8, 16], out_channels=16, num_outs=5, **ws),
+            bbox_head=dict(type="mmdet.RetinaHead", num_classes=3, in_channels=16, feat_channels=16, **ws),
+        )
+    )
+    alone = standardize_together(copy.deepcopy(model), devices=())
+    launches, op = [], importlib.import_module("normplug.ops.weight_standardize")
+    standardize = op._standardize
+    monkeypatch.setattr(op, "_standardize", lambda w, *options: launches.append(len(w)) or standardize(w, *options))
+    x = inputs(IMAGE)
+    want = run(alone, x)
+    count = sum(isinstance(module, WSConv2d) for module in model.modules())
+    assert count == 22
+    standardize_together(model, ("cpu", "cuda"))
+    launches.clear()
+    got = run(model, x)
+    assert launches[0] == count
+    assert set(launches[1:]) == {1}  # the blocks, which run again in backward
+    assert len(launches) == 1 + sum(isinstance(module, WSConv2d) for module in model.backbone.modules()) - 1
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        if i < 10:
+            assert torch.equal(g, w)
+        else:  # the head runs five times: its gradients are added in another place
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+    launches.clear()
+    model.backbone(x)
+    assert launches == [count - 4 - 8]
+    plain = MODELS.build(dict(type="mmdet.FPN", in_channels=[8, 16], out_channels=16, num_outs=5, norm_cfg=GN))
+    assert not plain._forward_pre_hooks
 
 
 # --- the registries

@@ -1,6 +1,6 @@
 """GroupNorm: sizes, errors, degenerate groups, residual, checkpoints of nn.GroupNorm, the op's schema.
 
-On a CPU ATen does the work for all but large inputs; what is said of values and gradients holds both ways.
+On a CPU ATen does most of the work in full precision; what is said of values and gradients holds both ways.
 """
 
 import importlib
@@ -14,12 +14,16 @@ from normplug.layers import GroupNorm
 from normplug.ops import group_norm
 
 
+def leave_to_op(monkeypatch):
+    module = importlib.import_module("normplug.ops.group_norm")  # the package's attribute is the function
+    monkeypatch.setattr(module, "_leave_to_aten", lambda x, num_groups: False)
+
+
 @pytest.fixture(params=["aten", "op", "op-blocks-1", "op-blocks-12"])
 def way(request, monkeypatch):
-    """Who computes: ATen, or the op as it does large inputs, here cut into single rows and groups, or several."""
-    module = importlib.import_module("normplug.ops.group_norm")
+    """Who computes: ATen, or the op, also cut into blocks of single rows and groups, or of several."""
     if request.param != "aten":
-        monkeypatch.setattr(module, "FRESH", 0)
+        leave_to_op(monkeypatch)
     if "blocks" in request.param:
         monkeypatch.setattr("normplug.ops._blocks.BLOCK", int(request.param.rpartition("-")[2]))
 
@@ -100,10 +104,25 @@ def test_residual_and_activation_gradients(act, affine, layout):
     assert torch.autograd.gradcheck(op, (x, weight, bias, residual))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the work on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_the_op_does_half_precision_and_large_channels_last_inputs(layout, dtype, monkeypatch):
+    module, calls = importlib.import_module("normplug.ops.group_norm"), []
+    op = module._op
+    monkeypatch.setattr(module, "_op", lambda *args: calls.append(1) or op(*args))
+    for size in (4, 64):
+        monkeypatch.setattr(module, "FRESH", 4 * 8 * 16 * 16)
+        x = torch.randn(1, 8, size, size, dtype=dtype).to(memory_format=layout)
+        group_norm(x, 2, act="relu")
+    half, last = dtype == torch.bfloat16, layout == torch.channels_last
+    assert len(calls) == (2 if half else 1 if last else 0)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("act", ["relu", "silu"])
-def test_large_inputs_keep_the_input_and_statistics_only(act, layout, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("normplug.ops.group_norm"), "FRESH", 0)
+def test_the_op_keeps_the_input_and_statistics_only(act, layout, monkeypatch):
+    leave_to_op(monkeypatch)
     layer, kept = GroupNorm(8, 2, act=act).to(DEVICE), []
     x = torch.randn(2, 8, 16, 16, device=DEVICE).to(memory_format=layout).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

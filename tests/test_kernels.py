@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import normplug.ops  # noqa: F401
-from normplug.ops._common import has_triton
+from normplug.ops._common import for_backward, has_triton
 
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
@@ -50,18 +50,19 @@ def frn(x, weight, bias, tau, eps=1e-6):
 def group_norm_by_kernel(dy, x, weight, bias, _v, residual, act, groups):
     k = kernel("group_norm")
     y, mean, rstd = k.forward(x, groups, weight, bias, 1e-5, act, residual)
-    dx, dweight, dbias, dresidual = k.backward(dy, x, mean, rstd, weight, bias, act, residual)
-    return [y, dx, dweight, dbias, None, dresidual]
+    dx, dweight, dbias, dresidual = k.backward(dy, x, mean, rstd, weight, bias, *for_backward(act, residual, y))
+    return [y, dx, dweight, dbias, None, dresidual if dresidual.numel() else dy]
 
 
 def batch_norm_by_kernel(dy, x, weight, bias, _v, residual, act, _groups):
     k, count = kernel("batch_norm"), x.numel() // x.shape[1]
     mean, m2 = k.stats(x)
-    given = mean, (m2 / count + 1e-5).rsqrt(), weight, bias, act, residual
-    y = k.normalize(x, *given, None, None)
+    given = mean, (m2 / count + 1e-5).rsqrt(), weight, bias
+    y = k.normalize(x, *given, act, residual, None, None)
+    given = *given, *for_backward(act, residual, y)
     dbias, dweight = k.reduce(dy, x, *given)
     dx, dresidual = k.dx(dy, x, *given, dbias / count, dweight / count)
-    return [y, dx, dweight, dbias, None, dresidual]
+    return [y, dx, dweight, dbias, None, dresidual if dresidual.numel() else dy]
 
 
 def evonorm_s0_by_kernel(dy, x, weight, bias, v, _residual, _act, groups):

@@ -208,7 +208,7 @@ def test_offsets_beyond_int32():
     )
     for largest in (8192, 512):
         blocks = dict(SMALL=512, MIDDLE=512, TILE=512, LARGE=largest, CHUNK=512)
-        kernel._kernel[(1,)](*tables, mean, std, 1e-5, False, 1, False, kernel.DTYPES[torch.float32], **blocks)
+        kernel._standardize[(1,)](*tables, mean, std, 1e-5, False, 1, False, kernel.DTYPES[torch.float32], **blocks)
         torch.testing.assert_close(out, formula(weight.double(), *FORMS["mmcv"]).float())
         out.zero_()
 
@@ -236,8 +236,8 @@ def test_the_same_bits_every_time_alone_and_together(dtype):
 
 
 def test_one_launch_each_way_and_one_table_per_set_of_shapes(monkeypatch):
-    launches, grid = [], type(kernel._kernel).__getitem__
-    monkeypatch.setattr(type(kernel._kernel), "__getitem__", lambda k, g: launches.append(g) or grid(k, g))
+    launches, run = [], kernel._launch.run
+    monkeypatch.setattr(kernel._launch, "run", lambda *args, **options: launches.append(args) or run(*args, **options))
     kernel._parts.cache_clear()
     for _ in range(2):
         weights = weights_of(SHAPES, torch.float32)

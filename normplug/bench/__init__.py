@@ -24,7 +24,7 @@ from normplug.bench.peers import PEERS
 from normplug.bench.report import markdown
 from normplug.bench.runner import DTYPES, LAYOUTS, OURS, Row, measure_all, plan
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["add_arguments", "choose_device", "main", "write_json"]
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     if args.cpu_goals:
         comparisons = cpu_goals.measure(args.seconds)
         result = {"kind": "cpu goals", "facts": found, "rows": [asdict(c) for c in comparisons]}
-        _write(args.out, result)
+        write_json(args.out, result)
         print(cpu_goals.markdown(result))
         return int(any(c.reached is False for c in comparisons))
     todo = plan(args.ops, args.shapes or ("all" if device.type == "cuda" else "tiny"), args.dtypes, args.layouts)
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
     def save(rows: list[Row], bandwidth: dict[str, float]) -> None:
         result.update(bandwidth=bandwidth, rows=[asdict(row) for row in rows])
-        _write(args.out, result)
+        write_json(args.out, result)
 
     rows, _ = measure_all(todo, device, args.peers, args.seconds, args.each, save)
     print(markdown(result))
@@ -99,7 +99,10 @@ def choose_device(name: str) -> torch.device | None:
     return torch.device("cuda", index)
 
 
-def _write(path: Path | None, result: dict) -> None:
+def write_json(path: Path | None, result: dict) -> None:
+    """Write the result of a run, if anybody wants it."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        whole = path.with_suffix(".part")  # whoever stops this finds the last complete file
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(path)

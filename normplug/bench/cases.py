@@ -153,7 +153,7 @@ def sync_batch_norm_relu(x, weight, bias):
     """Take the way of several ranks, in a group of one: the collectives run and have nothing to wait for."""
     layer = _sync_layer(len(weight), x.device)
     layer.weight, layer.bias = weight, bias
-    return layer._synchronized(x, None)
+    return layer._synchronized(x, None, layer.act)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from normplug.kernels._activations import activate, activation_grad
-from normplug.kernels._passes import Formula
+from normplug.kernels._tiles import Formula
 
 __all__ = ["AFFINE"]
 
@@ -17,7 +17,10 @@ def _value(x, mean, rstd, weight, bias, _v, _u, residual, ACT: tl.constexpr):
 @triton.jit
 def _grads(dy, x, mean, rstd, weight, bias, _v, _u, residual, ACT: tl.constexpr):
     x_hat = (x - mean) * rstd
-    dz = activation_grad(dy, x_hat * weight + bias + residual, ACT)
+    if ACT == "relu_of_output":  # then the output is in the residual's place
+        dz = activation_grad(dy, residual, "relu")
+    else:
+        dz = activation_grad(dy, x_hat * weight + bias + residual, ACT)
     return rstd * (weight * dz), dz, dz * x_hat, 0.0, 0.0, 0.0
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from normplug.kernels import _passes
 from normplug.kernels._affine import AFFINE
 from normplug.kernels._launch import like
-from normplug.kernels._passes import Channels
+from normplug.kernels._tiles import Channels
 
 __all__ = ["dx", "normalize", "reduce", "stats"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normplug.kernels import _passes
 from normplug.kernels._launch import like
-from normplug.kernels._passes import Channels, Formula
+from normplug.kernels._tiles import Channels, Formula
 
 __all__ = ["backward", "forward"]
 

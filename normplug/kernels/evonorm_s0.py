@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normplug.kernels import _passes
-from normplug.kernels._passes import Formula
+from normplug.kernels import _groups
+from normplug.kernels._tiles import Formula
 
 __all__ = ["backward", "forward"]
 
@@ -30,12 +30,12 @@ def forward(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, v: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Map x (N, C, *), contiguous or channels-last, to y, mean and rstd (N, G)."""
-    return _passes.forward(EVONORM_S0, x, num_groups, weight, bias, v, eps)
+    return _groups.forward(EVONORM_S0, x, num_groups, weight, bias, v, eps)
 
 
 def backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight, bias and v (C,)."""
-    dx, (dbias, dweight, dv), _ = _passes.backward(EVONORM_S0, dy, x, mean, rstd, weight, None, v)
+    dx, (dbias, dweight, dv), _ = _groups.backward(EVONORM_S0, dy, x, mean, rstd, weight, None, v)
     return dx, dweight.clone(), dbias.clone(), dv.clone()

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normplug.kernels import _passes
-from normplug.kernels._passes import Formula
+from normplug.kernels import _groups
+from normplug.kernels._tiles import Formula
 
 __all__ = ["backward", "forward"]
 
@@ -28,7 +28,7 @@ FRN = Formula(_value, _grads, sums=3, has_mean=False, centred=False)
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Map x (N, C, *), contiguous or channels-last, to y and 1/root of the mean square (N, C)."""
-    y, _, rstd = _passes.forward(FRN, x, x.shape[1], weight, bias, tau, eps)
+    y, _, rstd = _groups.forward(FRN, x, x.shape[1], weight, bias, tau, eps)
     return y, rstd
 
 
@@ -36,5 +36,5 @@ def backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight, bias and tau (C,)."""
-    dx, (dbias, dweight, dtau), _ = _passes.backward(FRN, dy, x, None, rstd, weight, bias, tau)
+    dx, (dbias, dweight, dtau), _ = _groups.backward(FRN, dy, x, None, rstd, weight, bias, tau)
     return dx, dweight.clone(), dbias.clone(), dtau.clone()

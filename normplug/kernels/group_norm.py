@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from normplug.kernels import _passes
+from normplug.kernels import _groups
 from normplug.kernels._affine import AFFINE
 
 __all__ = ["backward", "forward"]
@@ -18,7 +18,7 @@ def forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Map x (N, C, *), contiguous or channels-last, to y, mean and rstd (N, G)."""
-    return _passes.forward(AFFINE, x, num_groups, weight, bias, None, eps, act, residual)
+    return _groups.forward(AFFINE, x, num_groups, weight, bias, None, eps, act, residual)
 
 
 def backward(
@@ -33,7 +33,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C,), bias (C,) and residual (empty without one)."""
     wants_dz = residual is not None
-    dx, (dbias, dweight), dz = _passes.backward(AFFINE, dy, x, mean, rstd, weight, bias, None, act, residual, wants_dz)
+    dx, (dbias, dweight), dz = _groups.backward(AFFINE, dy, x, mean, rstd, weight, bias, None, act, residual, wants_dz)
     if x.numel() == mean.numel():  # groups of one value: what is left of their gradient is rounding noise / √eps
         dx.zero_()
     return dx, dweight.clone(), dbias.clone(), dz

@@ -169,13 +169,13 @@ def _parts(shapes: tuple[tuple[int, int], ...], small: int, middle: int, tile: i
         parts += [(index, row, min(step, count - row), rank + row, size) for row in range(0, count, step)]
         rank += count
     parts.sort(key=lambda part: -part[-1])  # the longest filters first, so that none is started last
-    return torch.tensor(parts, dtype=torch.int32).view(-1, 5).to(device)
+    return torch.tensor(parts, dtype=torch.int32, device="cpu").view(-1, 5).to(device)
 
 
 def _addresses(columns: list[list[Tensor]], device: torch.device) -> Tensor:
     """Return the addresses of the tensors of each weight side by side."""
     addresses = [t.data_ptr() for tensors in zip(*columns, strict=True) for t in tensors]
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)  # from pinned memory: no wait for the GPU
 
 

@@ -14,7 +14,7 @@ from normplug.layers._batch_statistics import (
     values_per_channel,
 )
 from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.ops._common import check_act, dense
+from normplug.ops._common import check_act, dense, for_backward
 from normplug.ops.batch_norm import (
     batch_norm_act,
     batch_norm_dx,
@@ -203,10 +203,11 @@ class _SynchronizedNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean, rstd, share, weight, bias, act, residual, group):
-        ctx.act, ctx.group = act, group
-        # Without an activation nothing depends on the residual, with one it is needed to find z again.
-        ctx.save_for_backward(x, mean, rstd, share, weight, bias, residual if act is not None else None)
-        return batch_normalize(x, mean, rstd, weight, bias, act, residual)
+        y = batch_normalize(x, mean, rstd, weight, bias, act, residual)
+        ctx.group = group
+        ctx.act, kept = for_backward(act, residual, y)
+        ctx.save_for_backward(x, mean, rstd, share, weight, bias, kept)
+        return y
 
     @staticmethod
     @once_differentiable

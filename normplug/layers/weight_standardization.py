@@ -1,13 +1,16 @@
 """Weight standardization: convolutions whose filters have mean 0 and deviation 1."""
 
-from typing import TypeVar
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
 
 import torch.fx
 from torch import Tensor, nn
 
-from normplug.ops.weight_standardize import weight_standardize
+from normplug.ops.weight_standardize import weight_standardize, weight_standardize_many
 
-# fold_ws is no layer, and what __all__ names is registered as one
+# fold_ws and standardize_together are no layers, and what __all__ names is registered as one
 __all__ = ["WSConv1d", "WSConv2d", "WSConv3d"]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,7 +70,8 @@ class _WSConv(nn.Module):
 
     def standardized_weight(self) -> Tensor:
         """Return the weight that the convolution uses: shape, dtype and layout of ``weight``."""
-        return weight_standardize(self.weight, self.eps, self.correction, self.eps_inside)
+        done = None if torch.compiler.is_compiling() else _standardized_for(self)
+        return weight_standardize(self.weight, self.eps, self.correction, self.eps_inside) if done is None else done
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Called from outside by efficient_conv_bn_eval, with a weight scaled by the BatchNorm behind.
@@ -108,6 +112,155 @@ class _WSConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}, correction={self.correction}, eps_inside={self.eps_inside}"
+
+
+# --- all weights of a model in one launch
+
+
+def standardize_together(model: Model, devices: Collection[str] = ("cuda",)) -> Model:
+    """Say on which devices a call of a model standardizes the weights of all its WSConvs in one launch.
+
+    Models built from a config do so on CUDA. Elsewhere, and in a model of which this is not said, every layer
+    standardizes its own weight when it is called. An empty collection turns it off, modules inside included.
+
+    The numbers are the same, bit for bit, except that a layer which runs several times in one call has its gradients
+    added before they pass through the standardization and not after it. What the model's own forward writes to
+    ``weight.data`` of a trained layer counts from the next call on. In a call without gradients the standardized
+    weights of all layers are there at once.
+
+    The gradients of all these weights are ready at the end of the backward pass. Where the all-reduce of
+    DistributedDataParallel takes long and should start before, turn the whole model off and then its stages on, one
+    by one.
+
+    Args:
+        model: Any module.
+        devices: Device types, as in ``tensor.device.type``.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in [*hooks.items()]:
+                if isinstance(hook, _Begin):
+                    hook.devices = frozenset(devices)
+                if isinstance(hook, (_Begin, _End)) and not devices:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+    if devices and not _is_begun(model):
+        model.register_forward_pre_hook(_Begin(devices))
+        model.register_forward_hook(_End(), always_call=True)
+    return model
+
+
+class _Call:
+    """A running call of a model, and what it has standardized: for a layer the weight, its version and the result."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.results: dict[nn.Module, tuple[Tensor, int | None, Tensor]] = {}
+        self.is_complete = True
+
+    def standardize(self, layers: list[nn.Module], eps: float, correction: int, eps_inside: bool) -> None:
+        weights = [layer._parameters["weight"] for layer in layers]  # while fx traces, layer.weight is none
+        outs = weight_standardize_many(weights, eps, correction, eps_inside)
+        for layer, weight, out in zip(layers, weights, outs, strict=True):
+            self.results[layer] = weight, None if weight.is_inference() else weight._version, out
+
+
+class _Calls(threading.local):
+    """The calls that run in this thread, the innermost last; layers in other threads standardize their own weights."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+    def end(self, model: nn.Module) -> None:
+        for i, call in enumerate(self.stack):
+            if call.model is model:
+                del self.stack[i:]  # with what KeyboardInterrupt may have left behind it
+                break
+
+
+_calls = _Calls()
+
+
+class _Begin:
+    """Hook before a forward: standardize what no model around this one has. An object is copied and pickled with it."""
+
+    def __init__(self, devices: Collection[str]) -> None:
+        self.devices = frozenset(devices)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if hasattr(model.forward, "_torchdynamo_orig_callable"):  # compiled alone: what is done here, it would not see
+            return
+        _calls.end(model)
+        call, groups = _Call(model), defaultdict(list)
+        for layer, is_inner in _layers(model):
+            weight = layer._parameters.get("weight")  # None: a parametrization computes it whenever it is asked for
+            if type(weight) not in (nn.Parameter, Tensor) or weight.ndim != len(layer.kernel_size) + 2:
+                continue  # sharded: the layer will have another when its turn comes
+            if weight.device.type not in self.devices:
+                continue
+            if _standardized_for(layer) is not None:
+                if all(other.is_complete for other in _calls.stack):
+                    return  # a model around this one has done it all: do not look for more
+                continue
+            trains = torch.is_grad_enabled() and weight.requires_grad
+            if is_inner and torch.is_grad_enabled() and not trains:
+                call.is_complete = False  # a momentum encoder, updated before it is called: its own hook does it then
+                continue
+            groups[weight.device, weight.dtype, trains, layer.eps, layer.correction, layer.eps_inside].append(layer)
+        for (_, _, _, *form), layers in groups.items():
+            if len(layers) > 1:
+                call.standardize(layers, *form)
+        if call.results:
+            _calls.stack.append(call)
+
+
+class _End:
+    """Hook behind a forward, also one that raises: what was standardized for it is forgotten."""
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _calls.end(model)
+
+
+def _is_begun(model: nn.Module) -> bool:
+    hooks = model._forward_pre_hooks
+    return bool(hooks) and any(isinstance(hook, _Begin) for hook in hooks.values())
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """Yield every WSConv in a model, and whether it belongs to a model inside that does the same."""
+    todo, seen = [(model, False)], set()
+    while todo:
+        module, is_inner = todo.pop()
+        if isinstance(module, _WSConv):
+            if module not in seen:
+                seen.add(module)
+                yield module, is_inner
+        elif module._modules and module not in seen:
+            seen.add(module)
+            is_inner |= module is not model and _is_begun(module)
+            todo += [(child, is_inner) for child in reversed(module._modules.values()) if child is not None]
+
+
+def _standardized_for(layer: nn.Module) -> Tensor | None:
+    """Return what a running call has standardized for a layer, if that is what the layer would compute now."""
+    for call in reversed(_calls.stack):
+        if layer in call.results:
+            known, version, out = call.results[layer]
+            weight = layer.weight
+            if (
+                weight is known
+                and (version is None or version == weight._version)
+                and (out.requires_grad or not (torch.is_grad_enabled() and weight.requires_grad))
+                and (torch.is_inference_mode_enabled() or not out.is_inference())
+            ):
+                return out
+    return None
 
 
 class WSConv1d(_WSConv, nn.Conv1d):
@@ -189,4 +342,4 @@ def fold_ws(model: Model) -> Model:
                 module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
                 del module.eps, module.correction, module.eps_inside
                 module.__class__ = stock  # and not a new module: hooks and every reference to it stay
-    return model
+    return standardize_together(model, devices=())

@@ -11,6 +11,8 @@ layer of ours is left alone. In the others, four assumptions of the toolkits are
 - *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
 - *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
 
+On CUDA the weights of a model's ConvWS layers are standardized in one launch: see ``standardize_together``.
+
 Parameters keep their names, so state dicts stay those of the stock models. An activation that is no longer needed
 is replaced by ``ActivationInNorm``, and a module whose methods change gets a class derived from its own. The
 toolkits' classes are looked up where somebody has imported them and are never imported from here.
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
 from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
 
 __all__ = ["ActivationInNorm", "adapt", "fuse_activations", "install"]
@@ -71,6 +74,8 @@ def adapt(model: nn.Module) -> nn.Module:
             _derive(module, FreezesEveryStatistic)
         if isinstance(module, _imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
             _derive(module, InflatesEveryNorm)
+    if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
+        standardize_together(model)
     return model
 
 

@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import CustomOpDef
 
-__all__ = ["ACTIVATIONS", "acc_dtype", "activate", "activation_grad", "check_act", "dense", "per_channel", "use_kernel"]
+__all__ = [
+    "ACTIVATIONS",
+    "RELU_OF_OUTPUT",
+    "acc_dtype",
+    "activate",
+    "activation_grad",
+    "check_act",
+    "dense",
+    "for_backward",
+    "per_channel",
+    "use_kernel",
+]
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -64,6 +75,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
+# Backward of ReLU from what it returned: its sign says the same as that of what it met, which need not be found again.
+RELU_OF_OUTPUT = "relu_of_output"
+
+
 def check_act(act: str | None) -> None:
     """Raise ValueError if act names no fused activation."""
     if act is not None and act not in ACTIVATIONS:
@@ -78,11 +93,21 @@ def activate(z: Tensor, act: str | None) -> Tensor:
     return z if act is None else ACTIVATIONS[act][0](z)
 
 
+def for_backward(act: str | None, residual: Tensor | None, y: Tensor) -> tuple[str | None, Tensor | None]:
+    """Return what backward takes as activation and residual: for ReLU the output, which the next layer keeps anyway."""
+    if act == "relu" and residual is not None:
+        return RELU_OF_OUTPUT, y
+    return act, None if act is None else residual
+
+
 def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
-    """Return dy times the derivative of the activation at z."""
+    """Return dy times the derivative of the activation at z (for ``RELU_OF_OUTPUT`` at what gave z)."""
     if act is None:
         return dy
-    if act == "relu":  # by far the most common: one pass without a mask, and masked_fill forgets channels-last
+    if act in (
+        "relu",
+        RELU_OF_OUTPUT,
+    ):  # by far the most common: one pass without a mask, and masked_fill forgets channels-last
         return torch.ops.aten.threshold_backward(dy, z, 0)
     return dy * ACTIVATIONS[act][1](z)
 

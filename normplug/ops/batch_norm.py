@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from normplug.ops._common import (
+    RELU_OF_OUTPUT,
     acc_dtype,
     activate,
     activation_grad,
     check_act,
     dense,
+    for_backward,
     is_channels_last,
     per_channel,
     use_kernel,
@@ -124,7 +126,10 @@ def batch_norm_reduce(
     act: str | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return sum(dz) and sum(dz * x̂) per channel (C,), dz being dy behind the activation's derivative."""
+    """Return sum(dz) and sum(dz * x̂) per channel (C,), dz being dy behind the activation's derivative.
+
+    Activation and residual are those of ``for_backward``.
+    """
     return _reduce_op(dy, x, mean, rstd, weight, bias, act, residual)
 
 
@@ -258,6 +263,8 @@ def _before_activation(
         dz = torch.empty_like(wide).copy_(dz)
     if act is None:
         return dz, wide
+    if act == RELU_OF_OUTPUT:
+        return activation_grad(dz, residual.to(dz.dtype), act), wide
     z = _apply(wide, *_scale_shift(mean, rstd, weight, bias))
     if residual is not None:
         z += residual
@@ -333,10 +340,9 @@ def _(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term):
 
 def _save(ctx, inputs, output) -> None:
     x, mean, rstd, weight, bias, act, residual, mean_share, var_share = inputs
-    ctx.act, ctx.has_residual = act, residual is not None
+    ctx.has_residual = residual is not None
     # Without an activation nothing depends on bias and residual, with one they are needed to find z again.
-    if act is None:
-        residual = None
+    ctx.act, residual = for_backward(act, residual, output)
     ctx.save_for_backward(x, mean, rstd, weight, bias, residual, mean_share, var_share)
 
 

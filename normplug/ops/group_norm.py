@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normplug.ops._blocks import Block, blocks, planes, sample_blocks
-from normplug.ops._common import acc_dtype, activate, activation_grad, check_act, dense, is_channels_last, use_kernel
+from normplug.ops._common import (
+    RELU_OF_OUTPUT,
+    acc_dtype,
+    activate,
+    activation_grad,
+    check_act,
+    dense,
+    for_backward,
+    is_channels_last,
+    use_kernel,
+)
 
 __all__ = ["group_norm"]
 
@@ -72,12 +82,12 @@ FRESH = 1 << 25
 
 
 def _leave_to_aten(x: Tensor, num_groups: int) -> bool:
-    """Tell whether ATen's operations and their gradients beat the op: on a CPU, in full precision, but for large x.
+    """Tell whether ATen's operations and their gradients beat the op: on a CPU, in full precision.
 
-    There the op is faster, and its peak of memory lower, because it works block by block.
+    Large channels-last x excepted: ATen's operations need one more tensor there than the op, which works in blocks.
     """
-    size = x.numel() * x.element_size()
-    return x.is_cpu and x.dtype == acc_dtype(x) and 0 < size <= FRESH and x.shape[1:].numel() > num_groups
+    fits = x.is_contiguous() or x.numel() * x.element_size() <= FRESH
+    return x.is_cpu and x.dtype == acc_dtype(x) and x.numel() > 0 and x.shape[1:].numel() > num_groups and fits
 
 
 def _by_aten(
@@ -212,6 +222,8 @@ def reference_backward(
     With dz the gradient before the activation, a = weight * dz and the mean over a group,
 
         dx = rstd * (a - mean(a) - x̂ * mean(a * x̂))
+
+    With ``RELU_OF_OUTPUT`` as activation the output stands in the residual's place.
     """
     c, p, num_groups, wide = x.shape[1], x.shape[2:].numel(), mean.shape[1], mean.dtype
     size = c // num_groups
@@ -268,10 +280,10 @@ def _before_act(
     """Return the gradient at z = scale * x + shift + residual[at] from that at act(z)."""
     if act is None:
         return dy
+    if residual is not None and act == RELU_OF_OUTPUT:
+        return activation_grad(dy, residual[at].to(dy.dtype), act)
     z = (x * scale).add_(shift)
-    if residual is not None:
-        z.add_(residual[at])
-    return activation_grad(dy, z, act)
+    return activation_grad(dy, z if residual is None else z.add_(residual[at]), act)
 
 
 def _like_residual(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -290,9 +302,10 @@ def _(dy, x, mean, rstd, weight, bias, act, residual):
 
 def _save(ctx, inputs, output) -> None:
     x, _, weight, bias, _, act, residual = inputs
-    ctx.act, ctx.has_residual = act, residual is not None
-    # Without an activation nothing depends on the residual, with one it is needed to find z again.
-    ctx.save_for_backward(x, output[1], output[2], weight, bias, residual if act is not None else None)
+    y, mean, rstd = output
+    ctx.has_residual = residual is not None
+    ctx.act, residual = for_backward(act, residual, y)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
 
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient

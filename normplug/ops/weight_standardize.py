@@ -217,7 +217,7 @@ _many_op.register_autograd(_backward_many, setup_context=_save_many)
 
 
 class _Standardize(torch.autograd.Function):
-    """The gradient of both ops outside of compilers and function transforms, in half the time for many weights.
+    """The gradient of both ops outside of compilers, in half the time for many weights.
 
     It keeps its tensors by itself. Activation checkpointing counts what its part of a network saves and demands the
     same number when it runs again; here it sees none, whether a layer standardizes its weight or is handed the result.
@@ -233,13 +233,13 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         options, versions, weights, mean, std = ctx.kept
-        if versions != [weight._version for weight in weights]:
+        used = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 1]]
+        if any(versions[i] != weights[i]._version for i in used):
             raise RuntimeError(
                 "A weight was modified by an inplace operation between its standardization and the backward pass, "
                 "which needs it as it was. Update weights (optimizer.step(), load_state_dict()) after backward()."
             )
         result: list[Tensor | None] = [None] * len(grads)
-        used = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 1]]
         if used and len(used) < len(weights):
             means, stds = _of_each(weights, mean, std)
             mean, std = torch.cat([means[i] for i in used]), torch.cat([stds[i] for i in used])
@@ -263,7 +263,6 @@ def _needs_eager_gradients(weights: list[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
         and torch.is_grad_enabled()
         and any(weight.requires_grad for weight in weights)
     )
