@@ -101,7 +101,7 @@ def test_learned_eps():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_learned_eps_of_a_half_model_is_added_in_float32(dtype):
+def test_learned_eps_in_a_half_model(dtype):
     layer = FilterResponseNorm(1, learnable_eps=True).to(DEVICE, dtype)
     x = torch.full((1, 1, 1, 1), 1e-2, device=DEVICE, dtype=dtype)
     want = x.double() / (x.double() ** 2 + 1e-6 + layer.eps_l.detach().double()).sqrt()

@@ -1,4 +1,9 @@
-"""GroupNorm: sizes, errors, degenerate groups, residual, checkpoints of nn.GroupNorm, the op's schema."""
+"""GroupNorm: sizes, errors, degenerate groups, residual, checkpoints of nn.GroupNorm, the op's schema.
+
+On a CPU ATen does most of the work in full precision; what is said of values and gradients holds both ways.
+"""
+
+import importlib
 
 import pytest
 import torch
@@ -7,6 +12,20 @@ from torch import nn
 
 from normplug.layers import GroupNorm
 from normplug.ops import group_norm
+
+
+def leave_to_op(monkeypatch):
+    module = importlib.import_module("normplug.ops.group_norm")  # the package's attribute is the function
+    monkeypatch.setattr(module, "_leave_to_aten", lambda x, num_groups: False)
+
+
+@pytest.fixture(params=["aten", "op", "op-blocks-1", "op-blocks-12"])
+def way(request, monkeypatch):
+    """Who computes: ATen, or the op, also cut into blocks of single rows and groups, or of several."""
+    if request.param != "aten":
+        leave_to_op(monkeypatch)
+    if "blocks" in request.param:
+        monkeypatch.setattr("normplug.ops._blocks.BLOCK", int(request.param.rpartition("-")[2]))
 
 
 def test_default_is_32_groups():
@@ -43,12 +62,17 @@ def test_stock_checkpoint_loads_both_ways():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.usefixtures("way")
 def test_large_mean(layout):
     """Mean 1000, variance 1: what E[x²] - E[x]² in float32 gets wrong (torch's own channels-last CPU op does)."""
-    x = (1000 + torch.randn(2, 32, 16, 16)).to(DEVICE).to(memory_format=layout)
-    want = nn.functional.group_norm(x.double(), 8)
+    x = (1000 + torch.randn(2, 32, 16, 16)).to(DEVICE).to(memory_format=layout).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    y, want = group_norm(x, 8), nn.functional.group_norm(x64, 8)
     # x itself is rounded to 2**-14; the mean can be off by as much
-    torch.testing.assert_close(group_norm(x, 8).double(), want, rtol=0, atol=2e-4)
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-4)
+    dy = torch.randn_like(x)
+    (dx,), (dx64,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(want, x64, dy.double())
+    torch.testing.assert_close(dx.double(), dx64, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -63,6 +87,7 @@ def test_a_group_of_one_value_gives_the_bias(layout):
 @pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu", "gelu"])
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.usefixtures("way")
 def test_residual_and_activation_gradients(act, affine, layout):
     def tensor(*shape):
         return torch.randn(*shape, dtype=torch.float64, device=DEVICE)
@@ -77,6 +102,33 @@ def test_residual_and_activation_gradients(act, affine, layout):
     want = z if act is None else getattr(nn.functional, act)(z)
     torch.testing.assert_close(op(x, weight, bias, residual), want)
     assert torch.autograd.gradcheck(op, (x, weight, bias, residual))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the work on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_the_op_does_half_precision_and_large_channels_last_inputs(layout, dtype, monkeypatch):
+    module, calls = importlib.import_module("normplug.ops.group_norm"), []
+    op = module._op
+    monkeypatch.setattr(module, "_op", lambda *args: calls.append(1) or op(*args))
+    for size in (4, 64):
+        monkeypatch.setattr(module, "FRESH", 4 * 8 * 16 * 16)
+        x = torch.randn(1, 8, size, size, dtype=dtype).to(memory_format=layout)
+        group_norm(x, 2, act="relu")
+    half, last = dtype == torch.bfloat16, layout == torch.channels_last
+    assert len(calls) == (2 if half else 1 if last else 0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_the_op_keeps_the_input_and_statistics_only(act, layout, monkeypatch):
+    leave_to_op(monkeypatch)
+    layer, kept = GroupNorm(8, 2, act=act).to(DEVICE), []
+    x = torch.randn(2, 8, 16, 16, device=DEVICE).to(memory_format=layout).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    (large,) = [t for t in kept if t.numel() > 64]
+    assert large.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("act", [None, "relu"])

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-__all__ = ["blocks", "planes", "row_blocks"]
+__all__ = ["Block", "blocks", "planes", "row_blocks", "sample_blocks"]
 
 # Elements per block. Five float32 blocks of this size fit the L2 caches of two cores; half of it and the cost of
 # the calls shows, ten times as much and every operation goes to memory again.
@@ -43,6 +43,20 @@ def blocks(x: Tensor, group: int = 1) -> Iterator[Block]:
     for i in range(n):
         for j in range(0, c, step):
             yield slice(i, i + 1), slice(j, j + step)
+
+
+def sample_blocks(x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Yield slices of the first axis of x (N, P, C), each with slices of the second that cover it: for sums over P.
+
+    One slice of the second axis covers it where a sample fits a block.
+    """
+    n, p, c = x.shape
+    if x.numel() == 0:
+        return
+    samples, length = (max(1, BLOCK // (p * c)), max(1, BLOCK // c)) if x.is_cpu else (n, p)
+    parts = [slice(j, j + length) for j in range(0, p, length)]
+    for i in range(0, n, samples):
+        yield slice(i, i + samples), parts
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:

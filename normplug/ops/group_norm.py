@@ -1,8 +1,12 @@
 """group_norm: normalize groups of channels per sample, then add a residual and activate, in one op."""
 
+from functools import reduce
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from normplug.ops._blocks import Block, blocks, planes, sample_blocks
 from normplug.ops._common import (
     RELU_OF_OUTPUT,
     acc_dtype,
@@ -12,7 +16,6 @@ from normplug.ops._common import (
     dense,
     for_backward,
     is_channels_last,
-    per_channel,
     use_kernel,
 )
 
@@ -69,38 +72,84 @@ def group_norm(
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)
+    if _leave_to_aten(x, num_groups):
+        return _by_aten(x, num_groups, weight, bias, eps, act, residual)
     return _op(x, num_groups, weight, bias, eps, act, residual)[0]
 
 
-def _grouped(x: Tensor, num_groups: int) -> Tensor:
-    return x.unflatten(1, (num_groups, -1))  # (N, G, C/G, *): a view in either layout
+# Bytes from which malloc fetches new memory, which the system clears, for every tensor: what costs most there.
+FRESH = 1 << 25
 
 
-def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Return x̂ (N, C, *) of a wide x, from statistics (N, G)."""
-    groups = _grouped(x, mean.shape[1])
-    shape = (*mean.shape, *[1] * (groups.ndim - 2))
-    return ((groups - mean.view(shape)) * rstd.view(shape)).flatten(1, 2)
+def _leave_to_aten(x: Tensor, num_groups: int) -> bool:
+    """Tell whether ATen's operations and their gradients beat the op: on a CPU, in full precision.
+
+    Large channels-last x excepted: ATen's operations need one more tensor there than the op, which works in blocks.
+    """
+    fits = x.is_contiguous() or x.numel() * x.element_size() <= FRESH
+    return x.is_cpu and x.dtype == acc_dtype(x) and x.numel() > 0 and x.shape[1:].numel() > num_groups and fits
 
 
-def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        x_hat = x_hat * per_channel(weight, x_hat).to(x_hat.dtype)
-    return x_hat if bias is None else x_hat + per_channel(bias, x_hat).to(x_hat.dtype)
+def _by_aten(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if is_channels_last(x):  # see _native; the mean of a group may be taken off, the result does not depend on it
+        with torch.no_grad():
+            mean = _of_groups(_rows(x).sum(1), num_groups) / (x.shape[1:].numel() // num_groups)
+            centre = _spread(mean, x.shape[1]).view(*x.shape[:2], *[1] * (x.ndim - 2))
+        x = x - centre
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    z = F.group_norm(x, num_groups, weight, bias, eps)
+    if residual is not None:
+        z = z.add_(residual)
+    return z.relu_() if act == "relu" else activate(z, act)
 
 
-def _folded(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return weight * x̂ + bias in one pass over x, as one scale and one shift per sample and channel."""
-    n, c = x.shape[:2]
-    size, wide = c // mean.shape[1], mean.dtype
-    scale = rstd.repeat_interleave(size, 1)
-    shift = -mean.repeat_interleave(size, 1) * scale
-    if weight is not None:
-        scale, shift = scale * weight.to(wide), shift * weight.to(wide)
-    if bias is not None:
-        shift = shift + bias.to(wide)
-    ones = [1] * (x.ndim - 2)
-    return torch.addcmul(shift.view(n, c, *ones), x, scale.view(n, c, *ones))
+def _native(x: Tensor, num_groups: int) -> bool:
+    """Tell whether ATen's own group norm may be used as it is.
+
+    On channels-last CPU input it takes E[x²] - E[x]² in float32: with mean 10 and variance 1 it is hundreds
+    of ulps off, with mean 1000 it returns noise. And a group of one value comes out as rounding noise / √eps.
+    """
+    return x.numel() > 0 and not is_channels_last(x) and x[0].numel() > num_groups
+
+
+_native_backward = torch.ops.aten.native_group_norm_backward
+
+
+def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return weight and bias (C,), or what stands for them, in the dtype of sums over x."""
+    wide, c = acc_dtype(x), x.shape[1]
+    weight = x.new_ones(c, dtype=wide) if weight is None else weight.to(wide)
+    return weight, x.new_zeros(c, dtype=wide) if bias is None else bias.to(wide)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View x (N, C, *) as (N, P, C)."""
+    return planes(x).transpose(1, 2)
+
+
+def _of_groups(sums: Tensor, num_groups: int) -> Tensor:
+    """Add sums (N, C) up over the channels of each group: (N, G)."""
+    return sums.unflatten(1, (num_groups, -1)).sum(2)
+
+
+def _spread(stats: Tensor, channels: int) -> Tensor:
+    """Repeat statistics (N, G) of groups for each of their channels: (N, C)."""
+    return stats.unsqueeze(2).expand(-1, -1, channels // stats.shape[1]).reshape(-1, channels)
+
+
+def _finish(z: Tensor, act: str | None, residual: Tensor | None, y: Tensor) -> None:
+    """Write act(z + residual) to y; z is overwritten."""
+    if residual is not None:
+        z.add_(residual)
+    y.copy_(z.relu_() if act == "relu" else activate(z, act))
 
 
 def reference(
@@ -113,32 +162,39 @@ def reference(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Map x (N, C, *) to y, laid out as x, and the mean and 1/std (N, G) that backward needs."""
-    n, c = x.shape[:2]
-    wide = x.to(acc_dtype(x))
-    if x.numel() == 0:
-        mean, rstd = wide.new_zeros(n, num_groups), wide.new_zeros(n, num_groups)
-        return torch.empty_like(x), mean, rstd
+    (n, c), p, wide = x.shape[:2], x.shape[2:].numel(), acc_dtype(x)
+    size = c // num_groups
+    weight, bias = _parameters(x, weight, bias)
+    y = torch.empty_like(x)
+    mean, rstd = (torch.zeros(n, num_groups, dtype=wide, device=x.device) for _ in range(2))
     if _native(x, num_groups):
-        scale, shift = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-        z, mean, rstd = torch.native_group_norm(wide, scale, shift, n, c, x[0, 0].numel(), num_groups, eps)
-    else:
-        groups = _grouped(wide, num_groups)
-        var, mean = torch.var_mean(groups, dim=tuple(range(2, groups.ndim)), correction=0)
-        rstd = (var + eps).rsqrt()
-        z = _affine(_normalized(wide, mean, rstd), weight, bias)
-    if residual is not None:
-        z = z + residual
-    y = (z.relu_() if act == "relu" else activate(z, act)).to(x.dtype)
-    return (y.clone() if y.data_ptr() == x.data_ptr() else y), mean, rstd
-
-
-def _native(x: Tensor, num_groups: int) -> bool:
-    """Tell whether ATen's own group norm may be used.
-
-    On channels-last CPU input it takes E[x²] - E[x]² in float32: with mean 10 and variance 1 it is hundreds
-    of ulps off, with mean 1000 it returns noise. And a group of one value comes out as rounding noise / √eps.
-    """
-    return not is_channels_last(x) and x[0].numel() > num_groups
+        x3, y3, residual3 = planes(x), planes(y), None if residual is None else planes(residual)
+        for ns, cs in blocks(x3, size):
+            xb = x3[ns, cs].to(wide)
+            samples, channels = xb.shape[:2]
+            gs = slice(cs.start // size, (cs.start + channels) // size)
+            z, m, r = torch.native_group_norm(xb, weight[cs], bias[cs], samples, channels, p, channels // size, eps)
+            mean[ns, gs], rstd[ns, gs] = m, r
+            _finish(z, act, None if residual3 is None else residual3[ns, cs], y3[ns, cs])
+        return y, mean, rstd
+    x3, y3, residual3 = _rows(x), _rows(y), None if residual is None else _rows(residual)
+    for ns, parts in sample_blocks(x3):
+        total = reduce(torch.add, (x3[ns, ps].to(wide).sum(1) for ps in parts))
+        m = _of_groups(total, num_groups) / (size * p)
+        centre = _spread(m, c).unsqueeze(1)
+        sums, squares = m.new_zeros(2, len(m), c)
+        for ps in parts:
+            t = x3[ns, ps].to(wide) - centre
+            sums += t.sum(1)
+            squares += t.square_().sum(1)
+        mean[ns] = m.add_(_of_groups(sums, num_groups) / (size * p))  # what rounding of many sums has left over
+        rstd[ns] = r = (_of_groups(squares, num_groups) / (size * p)).add_(eps).rsqrt_()
+        centre = _spread(m, c).unsqueeze(1)
+        scale = (_spread(r, c) * weight).unsqueeze(1)
+        for ps in parts:
+            z = (x3[ns, ps].to(wide) - centre).mul_(scale).add_(bias)
+            _finish(z, act, None if residual3 is None else residual3[ns, ps], y3[ns, ps])
+    return y, mean, rstd
 
 
 _op = torch.library.custom_op("normplug::group_norm", reference, mutates_args=())
@@ -163,44 +219,75 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C,), bias (C,) and residual (empty without one).
 
+    With dz the gradient before the activation, a = weight * dz and the mean over a group,
+
+        dx = rstd * (a - mean(a) - x̂ * mean(a * x̂))
+
     With ``RELU_OF_OUTPUT`` as activation the output stands in the residual's place.
     """
-    n, c = x.shape[:2]
-    num_groups = mean.shape[1]
-    wide, dz = x.to(mean.dtype), dy.to(mean.dtype)
-    if x.numel() == 0:
-        zeros = wide.new_zeros(c)
-        return torch.empty_like(x), zeros, zeros.clone(), _like_residual(x, residual)
-    if act == RELU_OF_OUTPUT:
-        dz = activation_grad(dz, residual.to(dz.dtype), act)
-    elif act is not None:
-        z = _folded(wide, mean, rstd, weight, bias)
-        dz = activation_grad(dz, z if residual is None else z + residual, act)
+    c, p, num_groups, wide = x.shape[1], x.shape[2:].numel(), mean.shape[1], mean.dtype
+    size = c // num_groups
+    weight, bias = _parameters(x, weight, bias)
+    dresidual, dx = _like_residual(x, residual), torch.empty_like(x)
+    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight)
     if _native(x, num_groups):
-        scale = None if weight is None else weight.to(wide.dtype)
-        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            dz.contiguous(), wide, mean, rstd, scale, n, c, x[0, 0].numel(), num_groups, [True, True, True]
-        )
-    else:
-        x_hat = _normalized(wide, mean, rstd)
-        rest = (0, *range(2, x.ndim))
-        dbias, dweight = dz.sum(rest), (dz * x_hat).sum(rest)
-        g = dz if weight is None else dz * per_channel(weight, x).to(dz.dtype)
-        over = tuple(range(2, x.ndim + 1))
-        gs, hs = _grouped(g, num_groups), _grouped(x_hat, num_groups)
-        m1, m2 = gs.mean(over, keepdim=True), (gs * hs).mean(over, keepdim=True)
-        r = rstd.view(n, num_groups, *[1] * (x.ndim - 1))
-        dx = (r * (gs - m1 - hs * m2)).flatten(1, 2)
-    dresidual = _like_residual(x, residual)
-    if residual is not None:
-        dresidual.copy_(dz)
-    if dx.dtype != x.dtype or dx.stride() != x.stride():
-        dx = torch.empty_like(x).copy_(dx)
+        x3, dy3, dx3 = planes(x), planes(dy), planes(dx)
+        residual3, dresidual3 = (None, None) if residual is None else (planes(residual), planes(dresidual))
+        scale = _spread(rstd, c) * weight
+        shift = bias - _spread(mean, c) * scale
+        for at in blocks(x3, size):
+            ns, cs = at
+            xb, dz = x3[at].to(wide), dy3[at].to(wide)
+            dz = _before_act(dz, xb, scale[at].unsqueeze(2), shift[at].unsqueeze(2), act, residual3, at).contiguous()
+            if dresidual3 is not None:
+                dresidual3[at] = dz
+            samples, channels = xb.shape[:2]
+            groups = channels // size
+            stats = tuple(t[ns, cs.start // size : cs.start // size + groups] for t in (mean, rstd))
+            dx3[at], dw, db = _native_backward(dz, xb, *stats, weight[cs], samples, channels, p, groups, [True] * 3)
+            dweight[cs] += dw
+            dbias[cs] += db
+        return dx, dweight, dbias, dresidual
+    x3, dy3, dx3 = _rows(x), _rows(dy), _rows(dx)
+    residual3, dresidual3 = (None, None) if residual is None else (_rows(residual), _rows(dresidual))
+    for ns, parts in sample_blocks(x3):
+        # A group of one value has no spread: with 0 for 1/std its gradient is 0 exactly.
+        r = rstd[ns] * (size * p > 1)
+        centre, scale = _spread(mean[ns], c).unsqueeze(1), (_spread(r, c) * weight).unsqueeze(1)
+        sums, products = scale.new_zeros(2, len(r), c)
+        for ps in parts:
+            t, dz = x3[ns, ps].to(wide) - centre, dy3[ns, ps].to(wide)
+            dz = _before_act(dz, t, scale, bias, act, residual3, (ns, ps))
+            sums += dz.sum(1)
+            products += t.mul_(dz).sum(1)
+        products *= _spread(r, c)
+        dbias += sums.sum(0)
+        dweight += products.sum(0)
+        m1, m2 = (_of_groups(t * weight, num_groups) / (size * p) for t in (sums, products))
+        offset, slope = (_spread(t, c).unsqueeze(1) for t in (-r * m1, -r * r * m2))
+        for ps in parts:
+            t, dz = x3[ns, ps].to(wide) - centre, dy3[ns, ps].to(wide)
+            dz = _before_act(dz, t, scale, bias, act, residual3, (ns, ps))
+            if dresidual3 is not None:
+                dresidual3[ns, ps] = dz
+            torch.addcmul(t.mul_(slope).add_(offset), dz, scale, out=dx3[ns, ps])
     return dx, dweight, dbias, dresidual
 
 
+def _before_act(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, act: str | None, residual: Tensor | None, at: Block
+) -> Tensor:
+    """Return the gradient at z = scale * x + shift + residual[at] from that at act(z)."""
+    if act is None:
+        return dy
+    if residual is not None and act == RELU_OF_OUTPUT:
+        return activation_grad(dy, residual[at].to(dy.dtype), act)
+    z = (x * scale).add_(shift)
+    return activation_grad(dy, z if residual is None else z.add_(residual[at]), act)
+
+
 def _like_residual(x: Tensor, residual: Tensor | None) -> Tensor:
-    return x.new_empty(0) if residual is None else torch.empty_like(residual)
+    return x.new_empty(0) if residual is None else torch.empty_like(x)
 
 
 _backward_op = torch.library.custom_op("normplug::group_norm_backward", reference_backward, mutates_args=())
@@ -217,18 +304,13 @@ def _save(ctx, inputs, output) -> None:
     x, _, weight, bias, _, act, residual = inputs
     y, mean, rstd = output
     ctx.has_residual = residual is not None
-    # A kernel finds what ReLU met again from x, in the pass that reads x; on a CPU that would be a pass of its own.
-    alone_on_cpu = act == "relu" and x.is_cpu and residual is None
-    ctx.act, residual = (RELU_OF_OUTPUT, y) if alone_on_cpu else for_backward(act, residual, y)
+    ctx.act, residual = for_backward(act, residual, y)
     ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
 
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
     x, mean, rstd, weight, bias, residual = ctx.saved_tensors
-    act = ctx.act
-    if act == RELU_OF_OUTPUT and not ctx.has_residual:
-        dy, act, residual = activation_grad(dy, residual, act), None, None
-    dx, dweight, dbias, dresidual = _backward_op(dy, x, mean, rstd, weight, bias, act, residual)
+    dx, dweight, dbias, dresidual = _backward_op(dy, x, mean, rstd, weight, bias, ctx.act, residual)
     if residual is None:  # then a residual, if there was one, was the last thing added
         dresidual = dy
     return (
