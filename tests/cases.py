@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = "interpreted" in sys.modules  # the plugin that puts kernels in the place of CPU implementations
 # Half types may be wrong by their own last rounding, half a unit; Triton's interpreter cuts bfloat16 off instead.
-BFLOAT16_ULPS = 1.1 if "interpreted" in sys.modules else 0.6
+BFLOAT16_ULPS = 1.1 if INTERPRETED else 0.6
 
 
 @dataclass(frozen=True)

@@ -480,7 +480,7 @@ def evaluation(net):
 
 
 def test_one_imprecise_channel_is_no_transformed_weight():
-    """Where products cancel a channel may be off by its own size in half precision; a wrong weight is off everywhere."""
+    """Where products cancel a channel may be off by its own size in half precision; a wrong weight is off in all."""
     net = pair(buffer_num=2)
     mean = torch.ones(net.norm.num_features)
     product = mean.clone()

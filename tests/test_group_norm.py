@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, INTERPRETED
 from torch import nn
 
 from normplug.layers import GroupNorm
@@ -104,7 +104,7 @@ def test_residual_and_activation_gradients(act, affine, layout):
     assert torch.autograd.gradcheck(op, (x, weight, bias, residual))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="of the work on a CPU")
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="of the work on a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_the_op_does_half_precision_and_large_channels_last_inputs(layout, dtype, monkeypatch):
