@@ -1,11 +1,17 @@
 """Every config in configs/: it loads, builds, and learns from one small batch; and the claims that its name makes."""
 
+import copy
+import functools
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -29,10 +35,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def load(file):
+@functools.cache
+def _load(file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mmengine imports pkg_resources
         return Config.fromfile(file)
+
+
+def load(file):
+    return copy.deepcopy(_load(file))
 
 
 def without_checkpoints(cfg):
@@ -51,6 +62,7 @@ def without_checkpoints(cfg):
 def build(cfg):
     model = cfg.model.copy()
     without_checkpoints(model)
+    (model.get("data_preprocessor") or {}).pop("batch_augments", None)  # they pad to 1024x1024
     if "rcnn" in (model.get("train_cfg") or {}):  # 1024 RoIs take minutes on a CPU
         model.train_cfg.rcnn.sampler.num = 16
         model.train_cfg.rpn_proposal.max_per_img = 64
@@ -85,10 +97,62 @@ def batch(cfg):
     return dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)], data_samples=samples)
 
 
+def shrunk(cfg):
+    """The model with one block per stage, but for the first: what every block does, in a tenth of the time."""
+    from mmdet.models.backbones import ResNet, ResNeXt
+
+    patch = pytest.MonkeyPatch()
+    for backbone in (ResNet, ResNeXt):
+        settings = {depth: (block, (2, 1, 1, 1)) for depth, (block, _) in backbone.arch_settings.items()}
+        patch.setattr(backbone, "arch_settings", settings)
+    try:
+        return build(cfg)
+    finally:
+        patch.undo()
+
+
+def structure(file):
+    """What is left of the model when the experiment around it is taken away: equal texts are equal models."""
+    model = plain(load(file).model.to_dict())
+    without_checkpoints(model)
+    backbone = model["backbone"]
+    if backbone.get("depth") == 101:
+        backbone["depth"] = 50  # the same blocks, and shrunk the same number
+    model.get("data_preprocessor", {}).clear()
+    return re.sub(r"'burnin': \d+", "", str(sorted_deep(model)))
+
+
+def sorted_deep(value):
+    if isinstance(value, dict):
+        return {key: sorted_deep(value[key]) for key in sorted(value)}
+    return [sorted_deep(v) for v in value] if isinstance(value, list) else value
+
+
 @each_config
-def test_config_builds_and_learns(file):
+def test_config_builds(file):
+    """The whole model, without memory for its weights."""
+    with torch.device("meta"):
+        model = build(load(file))
+    norms = [cfg for cfg in norm_cfgs(plain(load(file).model.to_dict()))]
+    names = {type(m).__name__ for m in model.modules()}
+    assert {MODELS.get(n["type"]).__name__ for n in norms if n["type"] not in ("BN", "BN3d")} <= names
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    return {}
+
+
+@each_config
+def test_config_learns(file, learnt):
+    """Forward and backward, once for all configs of the same model."""
+    key = structure(file)
+    if key in learnt:
+        assert learnt[key] is None, f"the same model as {learnt[key]}, which fails"
+        return
+    learnt[key] = file.stem
     cfg = load(file)
-    model = build(cfg).train()
+    model = shrunk(cfg).train()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         losses = model(**model.data_preprocessor(batch(cfg), training=True), mode="loss")
         loss, _ = model.parse_losses(losses)
@@ -98,9 +162,7 @@ def test_config_builds_and_learns(file):
         if p.requires_grad:
             assert p.grad is not None, name
             assert p.grad.isfinite().all(), name
-    norms = [cfg for cfg in norm_cfgs(cfg.model) if "_scope_" not in cfg]
-    names = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("normplug.layers.")}
-    assert {MODELS.get(n["type"]).__name__ for n in norms if n["type"] not in ("BN", "BN3d")} <= names
+    learnt[key] = None
 
 
 def norm_cfgs(cfg):
@@ -123,7 +185,8 @@ def test_config_says_what_it_is(file):
             "a config of COCO or Kinetics names the number it aims at, or says there is none"
         )
         assert "# Cost: " in text
-        gpus, images = (4, 4) if "4xb4" in file.stem else (8, 8) if "8xb8" in file.stem else (8, 2)
+        size = re.search(r"_(\d)xb(\d)-", file.stem)
+        gpus, images = map(int, size.groups()) if size else (8, 2)
         assert cfg.train_dataloader.batch_size == images
         assert cfg.auto_scale_lr.base_batch_size == gpus * images
         assert f"{gpus} GPUs x {images}" in text or "as the 2x file" in text
@@ -264,13 +327,6 @@ def test_cbn_remembers_in_every_place_of_a_stock_model(file):
     assert remembered == set(layers)
 
 
-def test_no_experiment_is_left_out_of_the_comparisons():
-    compared = set(SAME) | set(CONTROLS)
-    for file in EXPERIMENTS:
-        if "digits" not in file.parts:
-            assert str(file.relative_to(CONFIGS).with_suffix("")) in compared
-
-
 def test_batch_norms_of_the_frozen_configs_stay_in_eval_mode():
     model = build(load(CONFIGS / "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn_1x_coco.py")).train()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -278,3 +334,58 @@ def test_batch_norms_of_the_frozen_configs_stay_in_eval_mode():
     assert not any(m.training for m in norms)
     assert not any(p.requires_grad for p in model.backbone.layer1.parameters())
     assert all(p.requires_grad for p in model.backbone.layer2.parameters())
+
+
+METAFILES = {p.parent.name: yaml.safe_load(p.read_text()) for p in sorted(CONFIGS.glob("*/metafile.yml"))}
+
+
+def test_every_config_has_one_entry_in_a_metafile():
+    entries = [model["Config"] for meta in METAFILES.values() for model in meta["Models"]]
+    assert sorted(entries) == sorted(str(f.relative_to(CONFIGS.parent)) for f in EXPERIMENTS)
+    index = yaml.safe_load((CONFIGS.parent / "model-index.yml").read_text())
+    assert index["Import"] == [f"configs/{folder}/metafile.yml" for folder in METAFILES]
+
+
+@pytest.mark.parametrize("folder", METAFILES)
+def test_metafile_says_what_its_configs_say(folder):
+    collections = {c["Name"] for c in METAFILES[folder]["Collections"]}
+    for model in METAFILES[folder]["Models"]:
+        file = CONFIGS.parent / model["Config"]
+        assert model["Name"] == file.stem
+        assert model["In Collection"] in collections
+        text = " ".join(line.removeprefix("# ") for line in file.read_text().splitlines())
+        for published in model["Published"]:
+            for value in published["Metrics"].values():
+                assert re.search(rf"\b{value}0?\b", text), f"{file.stem}: {value} is not in the header"
+        if "Batch Size" in model["Metadata"]:
+            cfg = load(file)
+            assert cfg.train_dataloader.batch_size == model["Metadata"]["Batch Size"]
+            if "by_epoch" not in str(cfg.get("log_processor")) and "lsj" not in file.stem:
+                assert cfg.train_cfg.max_epochs == model["Metadata"]["Epochs"]
+
+
+def test_table_of_results_is_fresh():
+    tool = CONFIGS.parent / "tools" / "results_table.py"
+    assert subprocess.call([sys.executable, tool, "--check"]) == 0
+
+
+def test_names_say_where_the_norms_are():
+    for file in EXPERIMENTS:
+        if "_base_" in file.parts or "digits" in file.parts or not file.stem.startswith(("mask", "faster")):
+            continue
+        cfg = load(file)
+        model, name = cfg.model, file.stem
+        everywhere = "-all" in name or "lsj-72e" in name
+        if "scratch" in name:
+            assert model.backbone.frozen_stages == -1
+            assert model.backbone.init_cfg is None
+        if "-c4_" in name:
+            assert model.roi_head.shared_head.norm_cfg == model.backbone.norm_cfg
+        elif "-head" in name and "bbox-head" not in name:
+            assert model.backbone.norm_cfg.type == "BN"
+            assert model.backbone.norm_eval
+            assert model.neck.norm_cfg.type == model.roi_head.bbox_head.norm_cfg.type
+        elif everywhere:
+            assert model.backbone.norm_cfg.type == model.neck.norm_cfg.type
+            if model.backbone.norm_cfg.type in ("BN", "SyncBN", "CBN"):
+                assert not model.backbone.norm_eval

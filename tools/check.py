@@ -13,6 +13,7 @@ STEPS = [
     ["ruff", "check", "."],
     ["mypy"],
     ["tools/layer_table.py", "--check"],
+    ["tools/results_table.py", "--check"],
     ["pytest"],
 ]
 

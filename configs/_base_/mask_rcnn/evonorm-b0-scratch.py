@@ -1,0 +1,3 @@
+# From scratch: nothing is loaded, nothing is frozen.
+_base_ = "./evonorm-b0-everywhere.py"
+model = dict(backbone=dict(frozen_stages=-1, zero_init_residual=False, init_cfg=None))

@@ -1,0 +1,3 @@
+# FRN with its threshold (TLU) in the backbone too. The checkpoint is still that of a BN network.
+_base_ = "./frn-head.py"
+model = dict(backbone=dict(norm_cfg={{_base_.norm_cfg}}))

@@ -1,0 +1,18 @@
+# GN and standardized convolutions in the backbone, FPN and heads, x50-32x4d.
+# Published: box AP 40.7 (mmdet 3.3.0); box AP 40.25 (joe-siyuan-qiao/maskrcnn-benchmark, README).
+# Recipe: The authors trained with 8 or 4 images per iteration.
+# Cost: 8 GPUs x 2 images, 12 epochs.
+_base_ = [
+    "../_base_/faster_rcnn/gn-ws-all.py",
+    "../_base_/coco/detection_8xb2.py",
+    "../_base_/schedules/1x.py",
+    "../_base_/coco_runtime.py",
+]
+model = dict(
+    backbone=dict(
+        type="ResNeXt",
+        groups=32,
+        base_width=4,
+        init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://jhu/resnext50_32x4d_gn_ws"),
+    )
+)

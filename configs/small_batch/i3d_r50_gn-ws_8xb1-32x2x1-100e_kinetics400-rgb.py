@@ -1,0 +1,7 @@
+# I3D ResNet-50 with GN and standardized 3-D convolutions, 1 clip per GPU.
+# Published: nothing in this recipe.
+# Cost: 8 GPUs x 1 clips, 100 epochs.
+_base_ = "../i3d/i3d_r50_gn-ws_8xb8-32x2x1-100e_kinetics400-rgb.py"
+train_dataloader = dict(batch_size=1)
+optim_wrapper = dict(optimizer=dict(lr=0.00125))
+auto_scale_lr = dict(base_batch_size=8)

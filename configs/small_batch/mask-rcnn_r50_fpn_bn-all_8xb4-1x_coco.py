@@ -1,0 +1,9 @@
+# Trained BN everywhere, 4 images per GPU.
+# Published: nothing at this batch size and schedule.
+# Cost: 8 GPUs x 4 images, 12 epochs.
+_base_ = [
+    "../_base_/mask_rcnn/bn-everywhere.py",
+    "../_base_/coco/instance_8xb4.py",
+    "../_base_/schedules/1x.py",
+    "../_base_/coco_runtime.py",
+]

@@ -1,0 +1,9 @@
+# BN* in the backbone, trained BN in FPN and heads, 8 images per GPU.
+# Published: nothing at this batch size and schedule.
+# Cost: 8 GPUs x 8 images, 12 epochs.
+_base_ = [
+    "../_base_/mask_rcnn/bn-head.py",
+    "../_base_/coco/instance_8xb8.py",
+    "../_base_/schedules/1x.py",
+    "../_base_/coco_runtime.py",
+]

@@ -1,0 +1,9 @@
+# SyncBN everywhere, 8 images per GPU.
+# Published: nothing at this batch size and schedule.
+# Cost: 8 GPUs x 8 images, 12 epochs.
+_base_ = [
+    "../_base_/mask_rcnn/syncbn-everywhere.py",
+    "../_base_/coco/instance_8xb8.py",
+    "../_base_/schedules/1x.py",
+    "../_base_/coco_runtime.py",
+]
