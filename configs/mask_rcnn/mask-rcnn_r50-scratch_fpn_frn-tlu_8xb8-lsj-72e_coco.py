@@ -1,6 +1,6 @@
 # FRN with its threshold (TLU) everywhere, from scratch, large scale jitter.
 # Published: the EvoNorm paper has a value that we could not recover.
-# Recipe: The paper's recipe is known to us from memory only. Warm-up of one epoch.
+# Recipe: The paper's recipe has not been compared with the paper. Warm-up of one epoch.
 # Cost: 8 GPUs x 8 images, 73 epochs.
 _base_ = [
     "../_base_/mask_rcnn/frn-scratch.py",

@@ -1,6 +1,6 @@
 # GN everywhere, from scratch, large scale jitter.
-# Published: box AP 42.7 (EvoNorm paper, arXiv 2004.02967; from memory, unverified).
-# Recipe: The paper's recipe is known to us from memory only.
+# Published: box AP 42.7 (EvoNorm paper, arXiv 2004.02967; unverified).
+# Recipe: The paper's recipe has not been compared with the paper.
 # Cost: 8 GPUs x 8 images, 73 epochs.
 _base_ = [
     "../_base_/mask_rcnn/gn-scratch.py",
