@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported
@@ -18,5 +19,8 @@ torch.set_num_threads(1)
 def seeded():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    scopes = dict(DefaultScope._instance_dict)
     yield
+    DefaultScope._instance_dict.clear()  # a test that runs a toolkit's tool leaves its scope behind
+    DefaultScope._instance_dict.update(scopes)
     torch.use_deterministic_algorithms(False)

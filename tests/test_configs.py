@@ -23,6 +23,10 @@ pytest.importorskip("mmaction.models")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(f for f in CONFIGS.rglob("*.py") if "_base_" not in f.parts)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FRN got an input of shape"),  # the test's images are that small
+    pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8"),  # mmdet's C4 mask head
+]
 each_config = pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: str(f.relative_to(CONFIGS).with_suffix("")))
 
 

@@ -16,8 +16,8 @@ HEAD = """# Results
 
 Written by `python tools/results_table.py` from `configs/**/metafile.yml`; edit those. Box/mask AP on COCO val2017, or
 top-1/top-5 accuracy on Kinetics-400, in percent. "Published" are the numbers of others, with their source; where it
-says "unverified", the number has not been compared with its source. "Reproduced" are our own runs of the config. Two runs of the same
-config differ by about 0.2 AP or 0.3 top-1.
+says "unverified", the number has not been compared with its source. "Reproduced" are our own runs of the config. Two
+runs of the same config differ by about 0.2 AP or 0.3 top-1.
 """
 
 

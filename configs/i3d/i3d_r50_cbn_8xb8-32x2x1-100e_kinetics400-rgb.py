@@ -4,4 +4,4 @@
 # choice.
 # Cost: 8 GPUs x 8 clips, 100 epochs.
 _base_ = "./i3d_r50_bn_8xb8-32x2x1-100e_kinetics400-rgb.py"
-model = dict(backbone=dict(norm_cfg=dict(_delete_=True, type="CBN", buffer_num=3, burnin=30056, requires_grad=True)))
+model = dict(backbone=dict(norm_cfg=dict(type="CBN", buffer_num=3, burnin=30056, requires_grad=True)))

@@ -3,8 +3,7 @@
 # unconfirmed).
 # Recipe: Gradients are clipped at 35, warm-up from a third. The burn-in of 8 epochs of plain BN is counted in
 # iterations of 4 x 4 images; run as they shipped it, the authors' code burns in for 8 iterations.
-# Cost: 4 GPUs x 4 images, 12 epochs; estimate: 29 h on 8 P100, in proportion to the 57.5 h of Detectron's 2x run of
-# GN ResNet-101.
+# Cost: 4 GPUs x 4 images, 12 epochs.
 _base_ = [
     "../_base_/mask_rcnn/cbn-head.py",
     "../_base_/coco/instance_4xb4.py",

@@ -2,8 +2,7 @@
 # Published: box/mask AP 43.1/38.6 (mmdet 3.3.0); box/mask AP 42.73/37.92 (joe-siyuan-qiao/maskrcnn-benchmark,
 # README).
 # Recipe: The authors trained with 8 or 4 images per iteration.
-# Cost: 8 GPUs x 2 images, 24 epochs; estimate: 58 h on 8 P100, in proportion to the 57.5 h of Detectron's 2x run of
-# GN ResNet-101.
+# Cost: 8 GPUs x 2 images, 24 epochs.
 _base_ = [
     "../_base_/mask_rcnn/gn-ws-all.py",
     "../_base_/coco/instance_8xb2.py",

@@ -1,7 +1,6 @@
 # GN and standardized convolutions in the backbone, FPN and heads, r101.
 # Published: box/mask AP 42.0/37.7 (mmdet 3.3.0).
-# Cost: 8 GPUs x 2 images, 24 epochs; estimate: 58 h on 8 P100, in proportion to the 57.5 h of Detectron's 2x run of
-# GN ResNet-101.
+# Cost: 8 GPUs x 2 images, 24 epochs.
 _base_ = [
     "../_base_/mask_rcnn/gn-ws-all.py",
     "../_base_/coco/instance_8xb2.py",

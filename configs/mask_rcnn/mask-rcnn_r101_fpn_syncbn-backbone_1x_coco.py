@@ -1,7 +1,6 @@
 # SyncBN in the backbone, ResNet-101, no norm elsewhere, two-layer box head.
 # Published: box/mask AP 40.5/36.3 (mmdet 3.3.0, configs/gcnet).
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 29 h on 8 P100, in proportion to the 57.5 h of Detectron's 2x run of
-# GN ResNet-101.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "../_base_/coco/instance_8xb2.py",

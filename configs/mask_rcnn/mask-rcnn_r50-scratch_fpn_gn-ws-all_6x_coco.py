@@ -1,7 +1,6 @@
 # GN and standardized convolutions in the backbone, FPN and heads, from scratch.
 # Published: nothing in this recipe.
-# Cost: 8 GPUs x 2 images, 73 epochs; estimate: 155 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 73 epochs.
 _base_ = [
     "../_base_/mask_rcnn/gn-ws-scratch.py",
     "../_base_/coco/instance_8xb2.py",

@@ -1,7 +1,6 @@
 # BN trained in the backbone with the statistics of 2 images, no norm elsewhere, two-layer box head.
 # Published: box/mask AP 34.2/31.2 (MMDetection report, arXiv 1906.07155, Table 6).
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "../_base_/coco/instance_8xb2.py",

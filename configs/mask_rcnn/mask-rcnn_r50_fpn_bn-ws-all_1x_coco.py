@@ -2,8 +2,7 @@
 # Published: nothing in this recipe.
 # Recipe: torchvision's weights were trained without standardization. The norm behind a convolution takes the change
 # of scale back but not the shift of the filter's mean, so the start is an approximation.
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "../_base_/mask_rcnn/bn-ws-everywhere.py",
     "../_base_/coco/instance_8xb2.py",

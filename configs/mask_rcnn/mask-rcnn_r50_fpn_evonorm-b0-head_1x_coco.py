@@ -1,8 +1,7 @@
 # BN* in the backbone; EvoNorm-B0 in FPN, box head and mask head.
 # Published: nothing in this recipe.
 # Recipe: FPN's convolutions have no activation, so there the layer has none.
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "../_base_/mask_rcnn/evonorm-b0-head.py",
     "../_base_/coco/instance_8xb2.py",

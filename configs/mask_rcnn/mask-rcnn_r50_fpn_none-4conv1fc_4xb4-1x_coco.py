@@ -1,8 +1,7 @@
 # BN* in the backbone, no norm in FPN and heads.
 # Published: box/mask AP 37.6/34.0 (Howal/Cross-iterationBatchNorm, README).
 # Recipe: Gradients are clipped at 35, warm-up from a third.
-# Cost: 4 GPUs x 4 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 4 GPUs x 4 images, 12 epochs.
 _base_ = [
     "../_base_/mask_rcnn/4conv1fc.py",
     "../_base_/coco/instance_4xb4.py",

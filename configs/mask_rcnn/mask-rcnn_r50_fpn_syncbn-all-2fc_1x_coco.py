@@ -1,7 +1,6 @@
 # SyncBN in backbone, FPN and mask head; the two-layer box head has no norm.
 # Published: box/mask AP 37.4/34.6 (MMDetection report, arXiv 1906.07155, Table 7).
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "../_base_/coco/instance_8xb2.py",

@@ -1,7 +1,6 @@
 # SyncBN everywhere, nothing frozen.
 # Published: box/mask AP 38.25/34.22 (megvii-model/MABN, README).
-# Cost: 8 GPUs x 2 images, 24 epochs; estimate: 51 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 24 epochs.
 _base_ = [
     "../_base_/mask_rcnn/syncbn-everywhere.py",
     "../_base_/coco/instance_8xb2.py",

@@ -1,8 +1,7 @@
 # SyncBN in the backbone, no norm elsewhere, two-layer box head.
 # Published: box/mask AP 38.4/34.6 (mmdet 3.3.0, configs/gcnet); box/mask AP 37.4/34.1 (MMDetection report, arXiv
 # 1906.07155, Table 7).
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "../_base_/coco/instance_8xb2.py",

@@ -2,8 +2,7 @@
 # Published: nothing at this batch size and schedule.
 # Recipe: The burn-in is 8 epochs: 8 x 7330 iterations. Unlike the 4xb4 file, gradients are not clipped and the
 # warm-up is that of all files of the series.
-# Cost: 8 GPUs x 2 images, 12 epochs; estimate: 25 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of
-# GN ResNet-50.
+# Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "../_base_/mask_rcnn/cbn-head.py",
     "../_base_/coco/instance_8xb2.py",
