@@ -17,7 +17,7 @@ TOOLKITS = [
     "matplotlib",
     "scikit-learn",
 ]
-TEST = ["pytest", "pytest-timeout", "hypothesis"]
+TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
 # With build isolation sys.path does not show the environment that is installed into; its folder is known all the same.
 site = sysconfig.get_path("purelib")
 has_full_mmcv = any((d.metadata["Name"] or "").lower() == "mmcv" for d in distributions(path=[site]))

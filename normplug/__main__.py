@@ -16,6 +16,7 @@ from torch import nn
 import normplug
 from normplug import bench
 from normplug.registry import config_names
+from normplug.reporting import markdown_table
 
 COLUMNS = ["config name", "class", "family", "batch statistics", "fuses activation", "dims", "GPU kernel", "paper"]
 PACKAGES = ["torch", "torchvision", "triton", "mmengine", "mmcv", "mmcv-lite", "mmdet", "mmaction2", "numpy"]
@@ -63,16 +64,10 @@ def paper(layer: type[nn.Module]) -> str:
     return f"{title.group(1) if title else text}" + (f", arXiv {number.group(1)}" if number else "")
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [COLUMNS, *rows]]
-    lines.insert(1, "|" + " --- |" * len(COLUMNS))
-    return "\n".join(lines)
-
-
 def print_list(as_markdown: bool) -> None:
     rows = layer_rows()
     if as_markdown:
-        print(markdown(rows))
+        print(markdown_table([COLUMNS, *rows]))
         return
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for row in [COLUMNS, *rows]:

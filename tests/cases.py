@@ -4,6 +4,7 @@ A formula is the paper's mathematics in plain torch, without the package's code.
 keyword, the layer's parameters.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,3 +139,8 @@ CASES = [
     Case("SyncBN", running_norm(), training=False, id="SyncBN-eval"),
     Case("SyncBN", running_norm(F.silu), {"act": "silu"}, training=False, id="SyncBN-silu-eval"),
 ]
+
+
+def unpadded(markdown: str) -> str:
+    """Return tables as they would be without the spaces that align their columns."""
+    return re.sub(r" +\|", " |", re.sub(r"\| +", "| ", markdown))

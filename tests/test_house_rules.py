@@ -15,11 +15,12 @@ MAY_IMPORT = {
     "kernels": ({"kernels"}, set()),
     "ops": ({"ops", "kernels"}, set()),
     "layers": ({"layers", "ops"}, set()),
-    "openmmlab": ({"openmmlab", "layers", "ops"}, {"mmengine", *TOOLKITS}),
-    "bench": ({"", "bench", "layers", "ops"}, {"mmcv"}),
+    "openmmlab": ({"openmmlab", "layers", "ops", "reporting"}, {"mmengine", *TOOLKITS}),
+    "bench": ({"", "bench", "layers", "ops", "reporting"}, {"mmcv"}),
+    "reporting.py": (set(), set()),
     "registry.py": ({"layers", "openmmlab"}, {"mmengine", "mmcv"}),
     "__init__.py": ({"layers", "ops", "registry", "_version"}, set()),
-    "__main__.py": ({"", "bench", "layers", "registry"}, set()),
+    "__main__.py": ({"", "bench", "layers", "registry", "reporting"}, set()),
     "_version.py": (set(), set()),
 }
 

@@ -33,8 +33,8 @@ import normplug  # noqa: F401  registers the layers, and lets the toolkits impor
 from normplug.bench import choose_device, write_json
 from normplug.bench.facts import describe, facts
 from normplug.bench.measure import quantile
-from normplug.bench.report import table
 from normplug.openmmlab.recompute import recompute_norms
+from normplug.reporting import markdown_table
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RCNN, I3D = "mask_rcnn", "i3d"
@@ -362,12 +362,12 @@ def markdown(result: dict) -> str:
         "\n".join(describe(found)),
         f"Random data, size {result['size']}. Peak memory: {memory}. RoIs: per step, in the box head and (positive "
         "ones) in the mask head; the sampler draws them, and they may differ from variant to variant.",
-        table([*header, "RoIs"], lines),
+        markdown_table([[*header, "RoIs"], *lines]),
     ]
     if found["device_type"] == "cuda" and result["size"] == "full":
         parts += ["## Goals, Mask R-CNN", goals(rows, base)]
     if late:
-        parts += ["## Not measured", table([*name, "status", "why"], late)]
+        parts += ["## Not measured", markdown_table([[*name, "status", "why"], *late])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -385,7 +385,7 @@ def goals(rows: Sequence[dict], base: dict[tuple, dict]) -> str:
                     got = r[key] / frozen[key]
                     outcome = "reached" if got <= limit else "not reached"
                     lines.append([norm, r["precision"], r["layout"], what, f"at most {limit:g}", f"{got:.3f}", outcome])
-    return table(["norm", "precision", "layout", f"against {BASELINE}", "goal", "measured", ""], lines)
+    return markdown_table([["norm", "precision", "layout", f"against {BASELINE}", "goal", "measured", ""], *lines])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

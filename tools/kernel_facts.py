@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from normplug.kernels import _launch
+from normplug.reporting import markdown_table
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- facts: python tools/kernel_facts.py -->", "<!-- end of facts -->"
@@ -257,12 +258,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return lines
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    text = ["| " + " | ".join(row) + " |" for row in lines]
-    text.insert(1, "|" + " --- |" * len(lines[0]))
-    return "\n".join(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true", help="write nothing, tell whether the facts hold")
@@ -277,13 +272,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = DOC.read_text()
     head, rest = text.split(BEGIN)
     if args.check:
-        known = {tuple(line.strip("| ").split(" | ")[:4]) for line in text.splitlines()}
+        known = {tuple(cell.strip() for cell in line.strip("|").split("|")[:4]) for line in text.splitlines()}
         wrong += [
             f"{DOC.name} has no row for {' '.join(row[:4])}" for row in table(rows)[1:] if tuple(row[:4]) not in known
         ]
     else:
         by = f"Compiled by Triton {triton.__version__} for sm_80 and sm_90, {len(tasks)} times in all."
-        DOC.write_text(f"{head}{BEGIN}\n\n{by}\n\n{markdown(table(rows))}\n\n{END}{rest.split(END)[1]}")
+        DOC.write_text(f"{head}{BEGIN}\n\n{by}\n\n{markdown_table(table(rows))}\n\n{END}{rest.split(END)[1]}")
     print("\n".join(wrong) or f"{len(tasks)} compiled, all as the launches assume", file=sys.stderr)
     return int(bool(wrong))
 

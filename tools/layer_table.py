@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from normplug.__main__ import layer_rows, markdown
+from normplug.__main__ import COLUMNS, layer_rows
+from normplug.reporting import markdown_table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- layers: python tools/layer_table.py -->", "<!-- end of layers -->"
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     text = README.read_text()
     head, rest = text.split(BEGIN)
-    fresh = f"{head}{BEGIN}\n\n{markdown(layer_rows())}\n\n{END}{rest.split(END)[1]}"
+    fresh = f"{head}{BEGIN}\n\n{markdown_table([COLUMNS, *layer_rows()])}\n\n{END}{rest.split(END)[1]}"
     if args.check:
         if fresh != text:
             print("README.md: the table of layers is stale; run python tools/layer_table.py", file=sys.stderr)

@@ -18,9 +18,10 @@ from normplug.bench.cases import OPS, make_problem
 from normplug.bench.facts import describe
 from normplug.bench.measure import compare, memory, quantile, run
 from normplug.bench.peers import Contender, installed, peers_of
-from normplug.bench.report import geometric_mean, table
+from normplug.bench.report import geometric_mean
 from normplug.bench.shapes import Shape
 from normplug.bench.shapes import select as select_shapes
+from normplug.reporting import markdown_table
 
 __all__ = ["Comparison", "Part", "markdown", "measure", "turns"]
 
@@ -332,10 +333,12 @@ def markdown(result: dict) -> str:
             [
                 f"# normplug on {result['facts']['device']}",
                 "\n".join(describe(result["facts"])),
-                table(["what", "against", "ratio", "goal", "geometric mean", "worst case", ""], rows),
+                markdown_table([["what", "against", "ratio", "goal", "geometric mean", "worst case", ""], *rows]),
                 "Both sides take turns in one process, float32; ratios are of medians of "
                 + ("the processor's time." if result["facts"]["threads"] == 1 else "the time on the wall."),
-                table(["what", "case", "ours", "peer", "ratio", "20th to 80th percentile of the turns", "n"], parts),
+                markdown_table(
+                    [["what", "case", "ours", "peer", "ratio", "20th to 80th percentile of the turns", "n"], *parts]
+                ),
             ]
         )
         + "\n"

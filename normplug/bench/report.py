@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from normplug.bench.cases import OPS
 from normplug.bench.facts import describe
 from normplug.bench.peers import PEERS
+from normplug.reporting import markdown_table
 
-__all__ = ["GOALS", "geometric_mean", "markdown", "table"]
+__all__ = ["GOALS", "geometric_mean", "markdown"]
 
 OURS = "normplug"
 STEP = "forward+backward"
@@ -46,13 +47,6 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     """Return the geometric mean, or None of nothing."""
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs)) if logs else None
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    lines.insert(1, "|" + " --- |" * len(header))
-    return "\n".join(lines)
 
 
 def markdown(result: dict) -> str:
@@ -133,7 +127,7 @@ def goals(by_case: dict[tuple, dict[str, dict]]) -> str:
             got = "not measured" if mean is None else f"{mean:.2f}"
             reached = "-" if mean is None else "reached" if mean >= goal.factor else "not reached"
             rows.append([", ".join(goal.ops), dtype, goal.peer, f"{goal.factor:g}", got, str(len(values)), reached])
-    return table(["op", "dtype", "against", "goal", "measured", "cases", ""], rows)
+    return markdown_table([["op", "dtype", "against", "goal", "measured", "cases", ""], *rows])
 
 
 def summary(by_case: dict[tuple, dict[str, dict]]) -> str:
@@ -153,7 +147,9 @@ def summary(by_case: dict[tuple, dict[str, dict]]) -> str:
             some = f" ({len(values)})" if 0 < len(values) < len(ours) else ""
             cells.append(_number(geometric_mean(values), ".2f") + some)
         rows.append(cells)
-    return table(["op", "dtype", "layout", "pass", "shapes", "GB/s", "of copy", *(f"x {p}" for p in peers)], rows)
+    return markdown_table(
+        [["op", "dtype", "layout", "pass", "shapes", "GB/s", "of copy", *(f"x {p}" for p in peers)], *rows]
+    )
 
 
 def _rank(op: str, *rest: str) -> tuple:
@@ -186,7 +182,7 @@ def detail(by_case: dict[tuple, dict[str, dict]]) -> str:
         cells += [_peer(case.get(peer)) for peer in peers]
         rows.append(cells)
     header = ["op", "layer", "shape", "dtype", "layout", "pass", "ms", "n", "host", "MB to move", "GB/s", "of copy"]
-    return table([*header, "peak", "kept", *(f"{p}: ms, peak, kept" for p in peers)], rows)
+    return markdown_table([[*header, "peak", "kept", *(f"{p}: ms, peak, kept" for p in peers)], *rows])
 
 
 def _peer(row: dict | None) -> str:
@@ -200,7 +196,7 @@ def traffic() -> str:
         forward, both = op.traffic.tensors(False), op.traffic.tensors(True)
         vectors = ", ".join(op.vectors) or "none"
         rows.append([op.name, op.traffic.forward, op.traffic.backward, f"{forward}, {both}", vectors])
-    return table(["op", "forward: reads > writes", "backward", "in all: forward, both", "parameters"], rows)
+    return markdown_table([["op", "forward: reads > writes", "backward", "in all: forward, both", "parameters"], *rows])
 
 
 def trouble(rows: Sequence[dict]) -> str:
@@ -210,11 +206,7 @@ def trouble(rows: Sequence[dict]) -> str:
         if row["status"] != "ok":
             reasons[row["op"], row["who"], row["status"], row["message"]] += 1
     lines = [[op, who, status, str(count), message] for (op, who, status, message), count in reasons.items()]
-    return (
-        table(["op", "who", "status", "rows", "why"], [[c.replace("|", "/") for c in line] for line in lines])
-        if lines
-        else ""
-    )
+    return markdown_table([["op", "who", "status", "rows", "why"], *lines]) if lines else ""
 
 
 def _number(value: float | None, form: str) -> str:
