@@ -2,10 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from cases import unpadded
+
+from normplug.openmmlab import training_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -62,16 +67,22 @@ def test_quickstart_refuses_wrong_arguments(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def made_up_scalars(work_dir, ap):
+    """Two logs, as after a resume: the second repeats iteration 3 and epoch 2."""
+    for start, (steps, seconds, score) in {"a": ((1, 2, 3), 0.9, 0.0), "b": ((3, 4, 5), 0.2, ap)}.items():
+        folder = work_dir / f"20260101_00000{start}" / "vis_data"
+        folder.mkdir(parents=True)
+        lines = [{"loss": 3.0 - step / 10, "time": seconds, "step": step} for step in steps]
+        lines += [{"coco/bbox_mAP": ap / 2, "coco/segm_mAP": 0.1, "step": 1}] if start == "a" else []
+        lines += [{"coco/bbox_mAP": score, "coco/segm_mAP": 0.2, "step": 2}]
+        Path(folder, "scalars.json").write_text("\n".join(map(json.dumps, lines)))
+
+
 def made_up_run(norm, seed, ap, tmp_path):
-    run = quickstart.Run(norm, seed, f"{norm}.py", str(tmp_path / f"{norm}{seed}"))
-    folder = Path(run.work_dir, "20260101_000000", "vis_data")
-    folder.mkdir(parents=True)
-    lines = [{"loss": 3.0 - i, "time": t, "step": i + 1} for i, t in enumerate([0.9, 0.2, 0.3])]
-    lines += [{"coco/bbox_mAP": ap / 2, "coco/segm_mAP": 0.1, "step": 1}]
-    lines += [{"coco/bbox_mAP": ap, "coco/segm_mAP": 0.2, "step": 2}]
-    Path(folder, "scalars.json").write_text("\n".join(map(json.dumps, lines)))
-    run.peak_memory_mb, run.parameters = 100.0 + seed, 1234567
-    quickstart.read_scalars(run)
+    run = quickstart.Run(norm, seed, f"{norm}.py", str(tmp_path / f"{norm}{seed}"), parameters=1234567)
+    made_up_scalars(Path(run.work_dir), ap)
+    run.outcome = training_runs.read_scalars(Path(run.work_dir))
+    run.outcome.peak_memory_mb = 100.0 + seed
     return run
 
 
@@ -79,11 +90,78 @@ def test_quickstart_report_says_what_was_measured(tmp_path):
     runs = [made_up_run("GN", 0, 0.3, tmp_path), made_up_run("GN", 1, 0.4, tmp_path)]
     runs.append(quickstart.Run("BN", 0, "BN.py", "nowhere", failed="exit code 1; the end of run.log"))
     args = argparse.Namespace(task="detection", norms=["BN", "GN"], seeds=2, device="cpu", work_dir=tmp_path)
-    quickstart.report(runs, args, 12.3)
-    text = (tmp_path / "report.md").read_text()
-    assert "| GN   | 35.0 ± 7.1 | 20.0 ± 0.0 | 0.300 ± 0.000 | 101              | 1,234,567  |" in text
-    assert "| BN   | failed" in text
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    facts = json.loads((tmp_path / "report.json").read_text())
-    assert [r["metrics"].get("coco/bbox_mAP") for r in facts["runs"]] == [0.3, 0.4, None]
-    assert facts["runs"][0]["evaluations"][0] == [1, {"coco/bbox_mAP": 0.15, "coco/segm_mAP": 0.1}]
+    table, paths = quickstart.write_report(runs, args, 12.3)
+    assert "| GN | 35.0 ± 7.1 | 20.0 ± 0.0 | 0.550 ± 0.000 | 101 | 1,234,567 |" in unpadded(table)
+    assert "| BN | failed |" in unpadded(table)
+    assert [p.name for p in paths] == ["report.md", "report.html", "curves.png", "report.json"]
+    assert "- failed: BN, seed 0: `exit code 1; the end of run.log`" in paths[0].read_text()
+    facts = json.loads(paths[-1].read_text())
+    assert [r["outcome"]["metrics"].get("coco/bbox_mAP") for r in facts["runs"]] == [0.3, 0.4, None]
+    assert facts["runs"][0]["outcome"]["evaluations"][0] == [1, {"coco/bbox_mAP": 0.15, "coco/segm_mAP": 0.1}]
+    assert [step for step, _ in facts["runs"][0]["outcome"]["losses"]] == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """A training that says what it is told to, in the shape of mmengine's log."""
+
+    def start(code, **kwargs):
+        command = [sys.executable, "-c", f"import os, subprocess, sys, time\n{code}"]
+        return training_runs.Training(command, tmp_path, kwargs.pop("epochs", 2), dict(os.environ), **kwargs)
+
+    return start
+
+
+def finish(training):
+    while not training.poll():
+        time.sleep(0.02)
+
+
+def test_training_is_followed_to_its_end(tool, tmp_path):
+    made_up_scalars(tmp_path, 0.5)
+    training = tool("print('Epoch(train)  [2][ 20/100]  lr: 1')")
+    assert training.total is None
+    assert training.fraction == 0
+    finish(training)
+    assert (training.iterations, training.total, training.fraction) == (120, 200, 0.6)
+    outcome = training.outcome()
+    assert outcome.metrics["coco/bbox_mAP"] == 0.5
+    assert 1 < outcome.peak_memory_mb < 1000  # of a python that does nothing
+
+
+def test_failed_training_shows_its_log(tool):
+    training = tool("sys.exit('no such norm')")
+    finish(training)
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 1; the end of .*run\.log:.*no such norm"):
+        training.outcome()
+    training = tool("pass")
+    finish(training)
+    with pytest.raises(RuntimeError, match="ended without an evaluation"):
+        training.outcome()
+
+
+def test_killed_training_leaves_no_process(tool, tmp_path):
+    """As torchrun does, the tool starts processes of its own."""
+    code = "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    training = tool(code)
+    log = tmp_path / "run.log"
+    while not log.read_text().strip():
+        time.sleep(0.02)
+    training.kill()
+    training.kill()  # again, as a `finally` may
+    status = Path("/proc", log.read_text().strip(), "status")
+    for _ in range(100):  # the kill is immediate, its reaping may take a moment
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the child of the killed training is still running")
+
+
+def test_environment_counts_the_visible_gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert training_runs.environment("cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    assert training_runs.environment("1,2")["CUDA_VISIBLE_DEVICES"] == "1,2"
+    assert "CUDA_VISIBLE_DEVICES" not in training_runs.environment("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert training_runs.environment("1,2")["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert training_runs.environment("auto")["CUDA_VISIBLE_DEVICES"] == "4,5,7"
