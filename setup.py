@@ -16,6 +16,7 @@ TOOLKITS = [
     "importlib_metadata",  # mmaction2 imports it and does not say so
     "matplotlib",
     "scikit-learn",
+    "tensorboard",
 ]
 TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
 # With build isolation sys.path does not show the environment that is installed into; its folder is known all the same.

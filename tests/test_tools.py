@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from cases import unpadded
+from mmengine.config import Config
+from mmengine.registry import VISUALIZERS, init_default_scope
 
-from normplug.openmmlab import training_runs
+from normplug.openmmlab import cli, training_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -65,6 +67,21 @@ def test_quickstart_refuses_wrong_arguments(argv, message, capsys):
         quickstart.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn_r18_fpn_gn_digits.py", "i3d_r18_gn_digits.py", None])
+def test_scalars_reach_tensorboard(name, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = Config.fromfile(ROOT / "configs" / "digits" / name) if name else Config()
+    cli.add_tensorboard(cfg)
+    cli.add_tensorboard(cfg)  # a config that has it already keeps the one
+    assert [b["type"] for b in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    visualizer = VISUALIZERS.build(cfg.visualizer | dict(save_dir=str(tmp_path), name=f"tensorboard {name}"))
+    visualizer.add_scalars({"loss": 0.25}, step=7)
+    visualizer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "vis_data")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 0.25)]
 
 
 def made_up_scalars(work_dir, ap):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -59,7 +60,17 @@ def load_config(args: argparse.Namespace) -> Config:
     hooks = cfg.get("custom_hooks") or []
     present = {hook["type"] for hook in hooks}
     cfg.custom_hooks = [*hooks, *(dict(type=kind) for kind in HOOKS_OF_OURS if kind not in present)]
+    if find_spec("tensorboard"):
+        add_tensorboard(cfg)
     return cfg
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Have scalars written for TensorBoard as well, unless the config does so."""
+    visualizer = cfg.get("visualizer") or dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
+    backends = visualizer.get("vis_backends") or []
+    if "TensorboardVisBackend" not in (backend["type"] for backend in backends):
+        cfg.visualizer = visualizer | dict(vis_backends=[*backends, dict(type="TensorboardVisBackend")])
 
 
 def use_amp(cfg: Config) -> None:
