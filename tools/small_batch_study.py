@@ -68,8 +68,8 @@ class Part:
 
 PRESETS = {
     "quick": [
-        Part("detection", "digits/mask-rcnn_r18_fpn_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8), seeds=2),
-        Part("video", "digits/i3d_r18_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8, 16), seeds=3),
+        Part("detection", "digits/mask-rcnn_r18_fpn_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8), seeds=2, epochs=5),
+        Part("video", "digits/i3d_r18_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8, 16), seeds=2),
     ],
     "coco": [
         Part(
