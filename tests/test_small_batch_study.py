@@ -32,6 +32,8 @@ def test_every_cell_of_a_preset_has_its_config(preset, count, tmp_path):
     assert len({cell.folder for cell in cells}) == len(cells) == count
     rates = {}
     for cell in cells:
+        if preset != "quick" and cell.norm != cell.part.norms[0]:
+            continue  # that each is built at its own size is in test_configs.py
         cfg = Config.fromfile(cell.config)
         cfg.merge_from_dict(study.options(cell))
         assert cfg.train_dataloader.batch_size == cell.batch_size, cell
@@ -190,6 +192,7 @@ def test_a_folder_in_use_is_refused(trainings, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ImportWarning", "ignore::SyntaxWarning")  # mmcv's and mmaction2's own
 def test_cell_is_a_training_that_the_tool_accepts(tmp_path):
     """What a cell asks of tools/train.py resolves to a config whose runner can be built."""
     cell = planned([*VIDEO, "--batch-sizes", "16", "--epochs", "1"], tmp_path)[1]

@@ -14,6 +14,7 @@ Exit code: 0 all cells finished; 1 some failed, named on stderr; 2 wrong argumen
 """
 
 import argparse
+import copy
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -68,7 +70,7 @@ class Part:
 
 PRESETS = {
     "quick": [
-        Part("detection", "digits/mask-rcnn_r18_fpn_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8), seeds=2, epochs=5),
+        Part("detection", "digits/mask-rcnn_r18_fpn_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8), seeds=2),
         Part("video", "digits/i3d_r18_{norm}_digits.py", ("BN", "GN"), (1, 2, 4, 8, 16), seeds=2),
     ],
     "coco": [
@@ -110,8 +112,18 @@ class Cell:
         return find_config(self.part, self.norm, self.batch_size)
 
     @property
+    def epochs(self) -> int:
+        return self.part.epochs or read(self.config).train_cfg.max_epochs
+
+    @property
     def result(self) -> Path:
         return self.folder / "result.json"
+
+
+@cache
+def read(config: Path) -> Config:
+    """Return a config, not to be changed."""
+    return Config.fromfile(config)
 
 
 def find_config(part: Part, norm: str, batch_size: int) -> Path:
@@ -218,8 +230,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 def options(cell: Cell) -> dict[str, object]:
     """Return what a cell changes in its config: its length, and where it is one config for all sizes also the batch."""
-    cfg = Config.fromfile(cell.config)
-    epochs = cell.part.epochs or cfg.train_cfg.max_epochs
+    cfg, epochs = read(cell.config), cell.epochs
     changed = training_runs.stretch_schedule(cfg, epochs) if epochs != cfg.train_cfg.max_epochs else {}
     if "{batch}" not in cell.part.pattern:
         changed["train_dataloader.batch_size"] = cell.batch_size
@@ -247,7 +258,7 @@ def command(cell: Cell) -> list[str]:
 
 def settings(cell: Cell) -> dict[str, object]:
     """Return what makes a cell's result its own: the resolved config and the arguments."""
-    cfg = Config.fromfile(cell.config)
+    cfg = copy.deepcopy(read(cell.config))
     cfg.merge_from_dict(options(cell))
     return {
         "config": str(cell.config.relative_to(ROOT)),
@@ -333,8 +344,7 @@ class Study:
         if devices == "cpu":
             share = (os.cpu_count() or 1) // (len(self._free) + len(self._running) + 1)
             env.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-        epochs = cell.part.epochs or Config.fromfile(cell.config).train_cfg.max_epochs
-        training = Training(command(cell), cell.folder, epochs, env, pass_fds=[self._lock])
+        training = Training(command(cell), cell.folder, cell.epochs, env, pass_fds=[self._lock])
         self._running[cell] = (training, slot, time.time())
 
     def _poll(self, cell: Cell) -> bool:
