@@ -84,7 +84,8 @@ class Report:
         body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
         for name, file in pictures.items():
             data = base64.b64encode(file.read_bytes()).decode()
-            body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
+            width = round(96 * self._figures[file.stem].get_size_inches()[0])  # a CSS pixel is 1/96 of an inch
+            body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}" width="{width}"')
         return _PAGE.render(title=self.title, body=body)
 
 
@@ -128,8 +129,9 @@ _PAGE = Template(
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2rem; }
 p, li { max-width: 48rem; overflow-wrap: anywhere; }
+p:has(> img) { max-width: none; overflow-x: auto; }
 code { background: var(--soft); border-radius: 3px; padding: 0 .25em; font-size: .9em; }
-img { max-width: 100%; height: auto; background: #fff; }
+img { max-width: max(100%, 45rem); height: auto; background: #fff; } /* on a phone a figure scrolls, still legible */
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; white-space: nowrap; }

@@ -140,7 +140,8 @@ def draw(runs: list[Run], args: argparse.Namespace):
                 ax.plot(ends, [100 * m[key] for _, m in run.outcome.evaluations], marker="o", **style)
     axes[0].set(xlabel="iteration", ylabel="training loss")
     for ax, (_, name) in zip(axes[1:], columns, strict=True):
-        ax.set(xlabel="epoch", ylabel=f"{name} (%)", ylim=(0, None))
+        ax.margins(0.1)
+        ax.set(xlabel="epoch", ylabel=f"{name} (%)", xlim=(0, None), ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes:
         ax.grid(alpha=0.3)
