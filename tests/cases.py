@@ -132,8 +132,8 @@ CASES = [
             "-learned-eps-per-channel": {"learnable_eps": True, "eps_per_channel": True},
         }.items()
     ),
-    Case("FrozenBN", lambda x: x / (1 + 1e-5) ** 0.5),
-    Case("FrozenBN", lambda x: (x / (1 + 1e-5) ** 0.5).relu(), {"act": "relu"}, id="FrozenBN-relu"),
+    Case("FrozenBatchNorm", lambda x: x / (1 + 1e-5) ** 0.5),
+    Case("FrozenBatchNorm", lambda x: (x / (1 + 1e-5) ** 0.5).relu(), {"act": "relu"}, id="FrozenBatchNorm-relu"),
     Case("SyncBN", batch_norm(), single=False, pairs=False),
     Case("SyncBN", batch_norm(torch.relu), {"act": "relu"}, id="SyncBN-relu", single=False, pairs=False),
     Case("SyncBN", running_norm(), training=False, id="SyncBN-eval"),

@@ -138,7 +138,7 @@ def test_config_builds(file):
     with torch.device("meta"):
         model = build(load(file))
     norms = [cfg for cfg in norm_cfgs(plain(load(file).model.to_dict()))]
-    names = {type(m).__name__ for m in model.modules()}
+    names = {cls.__name__ for m in model.modules() for cls in type(m).__mro__}
     assert {MODELS.get(n["type"]).__name__ for n in norms if n["type"] not in ("BN", "BN3d")} <= names
 
 

@@ -74,7 +74,7 @@ def test_calibrated_gn_starts_closer(name):
 
 
 @pytest.mark.parametrize("name", ["resnet", "bottleneck", "video"])
-@pytest.mark.parametrize("kind", ["GN", "EvoNormS0", "EvoNormB0", "FRN", "FrozenBN", "SyncBN"])
+@pytest.mark.parametrize("kind", ["GN", "EvoNormS0", "EvoNormB0", "FRN", "FrozenBatchNorm", "SyncBN"])
 def test_the_result_is_the_model_that_a_config_builds(name, kind):
     model, data = trained(name, 1, 48)
     groups = dict(num_groups=8) if kind == "GN" else {}
@@ -86,7 +86,7 @@ def test_the_result_is_the_model_that_a_config_builds(name, kind):
     assert output(model, data[0]).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["SyncBN", "FrozenBN", "CBN"])
+@pytest.mark.parametrize("kind", ["SyncBN", "FrozenBatchNorm", "CBN"])
 @pytest.mark.parametrize("name", ["resnet", "torchvision"])
 def test_batch_norms_of_other_kinds_compute_the_same(name, kind):
     model, data = trained(name)
@@ -170,7 +170,7 @@ def test_what_cannot_be_converted_is_told_before_anything_changes():
         convert_norm(model, "BN", "NoSuchNorm", data)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match="running statistics"):
-        convert_norm(nn.Sequential(normplug.layers.GroupNorm(4, 2)), "GN", "FrozenBN")
+        convert_norm(nn.Sequential(normplug.layers.GroupNorm(4, 2)), "GN", "FrozenBatchNorm")
 
 
 @pytest.mark.slow

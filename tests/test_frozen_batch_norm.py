@@ -1,4 +1,4 @@
-"""FrozenBN: BatchNorm's evaluation for ever, as one line of a stock config."""
+"""FrozenBatchNorm: BatchNorm's evaluation for ever, as one line of a stock config."""
 
 import copy
 
@@ -33,7 +33,7 @@ def trained_bn(dim):
 
 def frozen_from(bn, dim):
     # requires_grad=True stands in the norm_cfg of most stock configs; it must not thaw anything
-    model = MODELS.build(BACKBONES[dim] | dict(norm_cfg=dict(type="FrozenBN", requires_grad=True)))
+    model = MODELS.build(BACKBONES[dim] | dict(norm_cfg=dict(type="FrozenBatchNorm", requires_grad=True)))
     result = model.load_state_dict(bn.state_dict(), strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -94,7 +94,7 @@ def test_fusion_folds_it_and_conversions_are_told_no():
 
 def test_zero_init_residual_and_frozen_stages_do_as_with_bn():
     model = MODELS.build(
-        BACKBONES["2d"] | dict(norm_cfg=dict(type="FrozenBN"), frozen_stages=1, zero_init_residual=False)
+        BACKBONES["2d"] | dict(norm_cfg=dict(type="FrozenBatchNorm"), frozen_stages=1, zero_init_residual=False)
     )
     model.init_weights()
     model.train()

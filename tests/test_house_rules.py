@@ -1,6 +1,7 @@
 """The package's own rules: who may import whom, and tables and docs that follow the code."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_registered_names_are_the_contract():
         "EvoNormB0": "EvoNormB0",
         "EvoNormS0": "EvoNormS0",
         "FRN": "FilterResponseNorm",
-        "FrozenBN": "FrozenBatchNorm",
+        "FrozenBatchNorm": "FrozenBatchNorm",
         "ConvWS": "WSConv2d",
         "ConvWS1d": "WSConv1d",
         "ConvWS2d": "WSConv2d",
@@ -100,8 +101,21 @@ def test_registered_names_are_the_contract():
         assert MODELS.get(name) is getattr(normplug.layers, cls)
     names = {name: build_norm_layer(dict(type=name), 64)[0] for name in contract if not name.startswith("ConvWS")}
     abbreviations = {"GN": "gn", "SyncBN": "bn", "CBN": "bn", "EvoNormB0": "bn", "EvoNormS0": "gn", "FRN": "frn"}
-    assert names == abbreviations | {"FrozenBN": "bn"}
+    assert names == abbreviations | {"FrozenBatchNorm": "bn"}
     assert MODELS.get("BN") is __import__("torch").nn.BatchNorm2d  # mmcv's own stay
+
+
+@pytest.mark.filterwarnings("ignore::ImportWarning", "ignore::SyntaxWarning")  # mmcv's and mmaction2's own
+@pytest.mark.parametrize("toolkit", ["mmdet", "mmaction"])
+def test_no_toolkit_has_a_layer_of_our_name(toolkit):
+    """In its own scope a toolkit's layer would be built instead of ours, without a word."""
+    import normplug
+    from normplug.registry import config_names
+
+    pytest.importorskip(f"{toolkit}.models")
+    own = importlib.import_module(f"{toolkit}.registry").MODELS.module_dict
+    ours = {name for layer in normplug.layers.__all__ for name in config_names(getattr(normplug.layers, layer))}
+    assert not ours & own.keys()
 
 
 def test_register_all_twice_and_without_override():

@@ -137,7 +137,7 @@ def draw(runs: list[Run], args: argparse.Namespace):
             axes[0].plot(*zip(*run.outcome.losses, strict=True), **style)
             for ax, (key, _) in zip(axes[1:], columns, strict=True):
                 ends = [step for step, _ in run.outcome.evaluations]
-                ax.plot(ends, [100 * m[key] for _, m in run.outcome.evaluations], marker="o", **style)
+                ax.plot(ends, [100 * m[key] for _, m in run.outcome.evaluations], marker="o", clip_on=False, **style)
     axes[0].set(xlabel="iteration", ylabel="training loss")
     for ax, (_, name) in zip(axes[1:], columns, strict=True):
         ax.margins(0.1)

@@ -40,7 +40,6 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
     """
 
     _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
-    _name_ = "FrozenBN"
     family = "batch"
     op = "batch_norm"
     batch_statistics = False

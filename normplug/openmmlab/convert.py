@@ -26,7 +26,7 @@ def convert_norm(
 ) -> nn.Module:
     """Turn every norm of one kind in a trained model into another, in place, and fit the new ones to the old ones.
 
-    A new norm takes what it can use of the old one's state. SyncBN, CBN and FrozenBN in the place of BN then compute
+    A new norm takes what it can use of the old one's state. SyncBN, CBN and frozen BN in the place of BN then compute
     the same in evaluation, and no data is needed. For the others, layer by layer in forward order, weight and bias of
     each channel are chosen by least squares such that the layer puts out what the old norm, in eval mode, puts out for
     the same input: that of the calibration data in the partly converted model. A channel that is constant there keeps
@@ -98,7 +98,7 @@ def _successor(old: nn.Module, name: str, target: str, norm_cfg: dict[str, Any])
         raise ValueError(f"No norm is registered as {target!r}: see python -m normplug list.")
     channels = getattr(old, "num_features", None) or old.num_channels
     inherited = {"eps": old.eps}
-    if issubclass(cls, _BatchNorm) and isinstance(old, _BatchNorm) and target != "FrozenBN":
+    if issubclass(cls, _BatchNorm) and isinstance(old, _BatchNorm) and target != "FrozenBatchNorm":
         inherited["momentum"] = old.momentum
     like = next(iter(old.state_dict().values()), torch.empty(0))
     try:

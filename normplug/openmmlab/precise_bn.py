@@ -36,8 +36,8 @@ def estimate_statistics(model: nn.Module, batches: Iterable, run: Callable[[nn.M
 
     Layers are run in training mode. BatchNorm of every kind (SyncBN and CBN too: the statistics of the input, not of
     the window) and EvoNorm-B0's variance are set. Whatever is in eval mode once ``model.train()`` has run
-    (``norm_eval``, ``frozen_stages``, FrozenBN) is left alone. Afterwards modes, all other buffers, CBN's history and
-    the random numbers are as before. What a model keeps in plain Python attributes is not restored.
+    (``norm_eval``, ``frozen_stages``, frozen layers) is left alone. Afterwards modes, all other buffers, CBN's history
+    and the random numbers are as before. What a model keeps in plain Python attributes is not restored.
 
     Args:
         model: The model, no wrapper around it.
