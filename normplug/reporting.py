@@ -128,7 +128,8 @@ _PAGE = Template(
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --link: light-dark(#0550ae, #79b8ff); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2rem; }
-p, li { max-width: 48rem; overflow-wrap: anywhere; }
+h1, h2, h3, p, li { overflow-wrap: anywhere; }
+p, li { max-width: 48rem; }
 p:has(> img) { max-width: none; overflow-x: auto; }
 code { background: var(--soft); border-radius: 3px; padding: 0 .25em; font-size: .9em; }
 img { max-width: max(100%, 45rem); height: auto; background: #fff; } /* on a phone a figure scrolls, still legible */

@@ -454,7 +454,7 @@ def write_report(args: argparse.Namespace, study: Study, seconds: float) -> list
     }
     report = Report(
         "Error against batch size",
-        "The same model and the same number of samples seen in each row; learning rate and warm-up in proportion to "
+        "Within a figure every training sees the same number of samples; learning rate and warm-up are in proportion to "
         "the batch. Metrics in %, after the last epoch, mean ± standard deviation over the seeds.",
     )
     for part in args.parts:
