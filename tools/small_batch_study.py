@@ -454,8 +454,8 @@ def write_report(args: argparse.Namespace, study: Study, seconds: float) -> list
     }
     report = Report(
         "Error against batch size",
-        "Within a figure every training sees the same number of samples; learning rate and warm-up are in proportion to "
-        "the batch. Metrics in %, after the last epoch, mean ± standard deviation over the seeds.",
+        "Within a figure every training sees the same number of samples; learning rate and warm-up are in proportion "
+        "to the batch. Metrics in %, after the last epoch, mean ± standard deviation over the seeds.",
     )
     for part in args.parts:
         report.heading(f"{part.task.capitalize()}: configs/{part.pattern}")
