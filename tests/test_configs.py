@@ -132,6 +132,7 @@ def sorted_deep(value):
     return [sorted_deep(v) for v in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 @each_config
 def test_config_builds(file):
     """The whole model, without memory for its weights."""
@@ -147,6 +148,7 @@ def learnt():
     return {}
 
 
+@pytest.mark.slow
 @each_config
 def test_config_learns(file, learnt):
     """Forward and backward, once for all configs of the same model."""
