@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": ({"kernels"}, set()),
     "ops": ({"ops", "kernels"}, set()),
     "layers": ({"layers", "ops"}, set()),
-    "openmmlab": ({"_version", "openmmlab", "layers", "ops", "reporting"}, {"mmengine", *TOOLKITS}),
+    "openmmlab": ({"_version", "openmmlab", "layers", "ops", "bench", "reporting"}, {"mmengine", *TOOLKITS}),
     "bench": ({"", "bench", "layers", "ops", "reporting"}, {"mmcv"}),
     "reporting.py": (set(), set()),
     "registry.py": ({"layers", "openmmlab"}, {"mmengine", "mmcv"}),

@@ -18,7 +18,7 @@ from torch import Tensor
 from normplug.bench.cases import Problem, as_list
 from normplug.bench.peers import Contender
 
-__all__ = ["Timing", "compare", "copy_bandwidth", "errors", "memory", "quantile", "time_in_turns"]
+__all__ = ["Timing", "compare", "copy_bandwidth", "cpu_memory", "errors", "memory", "quantile", "time_in_turns"]
 
 # Of ours: norms of the error over norms of the result. Half types may be off by their one rounding (0.2 eps on
 # average); sums over all positions of a channel lose a little more in float32.
@@ -184,8 +184,8 @@ def memory(contender: Contender, dys: list[Tensor], device: torch.device) -> tup
     as its profiler records it.
     """
     if device.type != "cuda":
-        peak, _ = _cpu_memory(lambda: run(contender, dys))
-        return peak, _cpu_memory(contender.call)[1]
+        peak, _ = cpu_memory(lambda: run(contender, dys))
+        return peak, cpu_memory(contender.call)[1]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -196,7 +196,8 @@ def memory(contender: Contender, dys: list[Tensor], device: torch.device) -> tup
     return torch.cuda.max_memory_allocated(device) - before, kept
 
 
-def _cpu_memory(call: Callable[[], object]) -> tuple[int, int]:
+def cpu_memory(call: Callable[[], object]) -> tuple[int, int]:
+    """Return bytes at the peak of a call and bytes held after it, as torch's CPU allocator has handed them out."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

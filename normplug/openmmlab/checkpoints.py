@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
 
-__all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load"]
+__all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load", "place"]
 
 
 class UnsafeCheckpointError(ValueError):
@@ -303,10 +303,10 @@ def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """
     ours, theirs = _norms(model.state_dict()), _norms(state_dict)
     present = {key.rpartition(".")[0] for key in state_dict}
-    strangers = {_place(name): name for name in theirs if name not in ours}
+    strangers = {place(name): name for name in theirs if name not in ours}
     differences = []
     for name, (statistics, channels) in ours.items():
-        other = name if name in present else strangers.get(_place(name))
+        other = name if name in present else strangers.get(place(name))
         if other not in theirs or theirs[other][1] != channels:
             continue  # another layer altogether: its shape is load_state_dict's to judge
         if other != name or theirs[other][0] != statistics:
@@ -341,7 +341,7 @@ def _norms(state_dict: dict[str, Tensor]) -> dict[str, tuple[frozenset, int]]:
     return norms
 
 
-def _place(name: str) -> tuple[str, str]:
+def place(name: str) -> tuple[str, str]:
     """Where a norm sits, whatever its kind: ``backbone.layer1.0.bn2`` and ``...gn2`` are one place."""
     parent, _, own = name.rpartition(".")
     kind = own.rstrip("0123456789")

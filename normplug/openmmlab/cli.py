@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from normplug.openmmlab.checkpoints import CheckpointNormHook
 from normplug.openmmlab.random_state import RandomStateHook
 
-__all__ = ["build_runner", "config_parser", "load_config"]
+__all__ = ["add_cfg_options", "build_runner", "config_parser", "load_config"]
 
 # What our tools add to every config: checkpoints of another norm are refused, resumed runs go on exactly.
 HOOKS_OF_OURS = (CheckpointNormHook.__name__, RandomStateHook.__name__)
@@ -24,17 +24,22 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("config", type=Path, help="config file")
     p.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/<name of the config>")
+    add_cfg_options(p)
+    p.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return p
+
+
+def add_cfg_options(p: argparse.ArgumentParser, whose: str = "the config") -> None:
+    """Add the flag that overrides settings of a config."""
     p.add_argument(
         "--cfg-options",
         nargs="+",
         action=DictAction,
         default={},
         metavar="KEY=VALUE",
-        help='settings that override the config, such as optim_wrapper.optimizer.lr=0.01 or key="[a,b]"',
+        help=f'settings that override {whose}, such as optim_wrapper.optimizer.lr=0.01 or key="[a,b]"',
     )
-    p.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
-    p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    return p
 
 
 def load_config(args: argparse.Namespace) -> Config:

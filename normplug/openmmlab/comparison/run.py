@@ -1,0 +1,174 @@
+"""The whole comparison: predictions, statistics, cost and norms of two checkpoints."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from pycocotools.coco import COCO
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.data import DataLoader
+
+from normplug.bench.facts import processor
+from normplug.openmmlab.comparison.accuracy import Accuracy
+from normplug.openmmlab.comparison.average_precision import AveragePrecision, evaluate
+from normplug.openmmlab.comparison.bootstrap import Difference, Scorer, compare
+from normplug.openmmlab.comparison.cost import Cost, Latency, measure, static_cost
+from normplug.openmmlab.comparison.norms import Filters, Norm, OutputRanges, filters_of, norms_of
+from normplug.openmmlab.comparison.predictions import DATE, Cache, Predictions, fingerprint, predict
+from normplug.openmmlab.comparison.sides import Side, check_comparable, evaluators, metrics_of, names_of, task_of
+
+__all__ = ["Comparison", "compare_checkpoints"]
+
+
+@dataclass
+class Comparison:
+    """All that was found out about A and B; lists of two are in this order."""
+
+    sides: list[Side]
+    task: str
+    samples: int
+    resamples: int
+    remarks: list[str]
+    differences: list[Difference]
+    predictions: list[Predictions]
+    costs: list[Cost]
+    costs_from_cache: str  # when they were measured, if not now
+    norms: list[list[Norm]]
+    filters: list[list[Filters]]  # empty where neither standardizes weights
+
+    @property
+    def names(self) -> list[str]:
+        """A's and B's names: of the configs or, where these are the same, of the checkpoints too."""
+        return names_of(*self.sides)
+
+
+def compare_checkpoints(
+    a: Side,
+    b: Side,
+    device: torch.device,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    resamples: int = 1000,
+    seconds: float = 3.0,
+    cache: Cache | None = None,
+) -> Comparison:
+    """Evaluate two checkpoints on A's test data with A's test settings, and measure what they cost.
+
+    Progress goes to stderr.
+
+    Args:
+        a: One model.
+        b: The other.
+        device: Where both run.
+        batch_sizes: For time and memory; none to leave these out.
+        resamples: Of the bootstrap.
+        seconds: Time for each batch size and model.
+        cache: Where predictions and measurements are kept; by default nowhere.
+
+    Raises:
+        ValueError: If the two cannot be compared, or a checkpoint does not fit its config.
+    """
+    cache = cache or Cache(None)
+    remarks = check_comparable(a, b)
+    sides = [a, b]
+    with DefaultScope.overwrite_default_scope(a.cfg.get("default_scope")), _progress() as bar:
+        loader = Runner.build_dataloader(a.cfg.test_dataloader, seed=0)
+        models = [side.build() for side in sides]
+        keys = [fingerprint(side, a.cfg, loader, device) for side in sides]
+        predictions = []
+        for side, model, key in zip(sides, models, keys, strict=True):
+            with bar(f"{side.letter}: predictions", len(loader.dataset)) as advance:
+
+                def compute(model: nn.Module = model, advance: Callable = advance) -> Predictions:
+                    return predict(model.to(device), a.cfg, loader, advance)
+
+                predictions.append(cache.predictions(key, compute))
+        classes = getattr(loader.dataset, "metainfo", {}).get("classes") or ()
+        differences = []
+        for ours, theirs in zip(*(_scorers(sides, found, classes) for found in predictions), strict=True):
+            with bar("bootstrap", resamples) as advance:
+                differences += compare(ours, theirs, _samples(predictions[0]), resamples, advance=advance)
+        costs, measured = _costs(models, keys, loader, device, batch_sizes, seconds, cache, bar)
+    filters = [filters_of(model) for model in models]
+    return Comparison(
+        sides=sides,
+        task=task_of(a),
+        samples=_samples(predictions[0]),
+        resamples=resamples,
+        remarks=remarks,
+        differences=differences,
+        predictions=predictions,
+        costs=costs,
+        costs_from_cache=measured,
+        norms=[norms_of(m, OutputRanges.from_state(p.ranges)) for m, p in zip(models, predictions, strict=True)],
+        filters=filters if any(f.standardized for side in filters for f in side) else [],
+    )
+
+
+def _scorers(sides: Sequence[Side], predictions: Predictions, classes: Sequence[str]) -> list[Scorer]:
+    """Return what computes the metrics that both configs ask for, from the predictions of one of the models."""
+    evaluator, results = evaluators(sides[0].cfg)[0], predictions.results
+    if task_of(sides[0]) == "video":
+        top_k = (evaluator.get("metric_options") or {}).get("top_k_accuracy", {}).get("topk", (1, 5))
+        top_k = [top_k] if isinstance(top_k, int) else top_k
+        return [Accuracy(np.array(results["scores"]), np.array(results["labels"]), top_k, classes)]
+    truth = COCO(evaluator["ann_file"])
+    categories = truth.getCatIds(catNms=list(classes))
+    return [
+        AveragePrecision(evaluate(truth, results[k], k, results["images"], categories, evaluator.get("iou_thrs")))
+        for k in metrics_of(sides[0])
+        if k in metrics_of(sides[1])
+    ]
+
+
+def _samples(predictions: Predictions) -> int:
+    return len(predictions.results.get("images") or predictions.results["labels"])
+
+
+def _costs(
+    models: Sequence[nn.Module],
+    keys: Sequence[dict[str, Any]],
+    loader: DataLoader,
+    device: torch.device,
+    batch_sizes: Sequence[int],
+    seconds: float,
+    cache: Cache,
+    bar: Callable,
+) -> tuple[list[Cost], str]:
+    """Return the costs and, if they are from the cache, when they were measured."""
+    if not batch_sizes:
+        return [static_cost(model) for model in models], ""
+    where = {"processor": processor(), "threads": torch.get_num_threads()}
+    key = {"models": list(keys), "batch_sizes": list(batch_sizes), "seconds": seconds, **where}
+    if (known := cache.get("cost", key)) is not None:
+        latencies = [[Latency(**latency) for latency in cost["latencies"]] for cost in known["costs"]]
+        return [Cost(**{**c, "latencies": of_c}) for c, of_c in zip(known["costs"], latencies, strict=True)], known[
+            "date"
+        ]
+    with bar("time and memory", len(batch_sizes)) as advance:
+        costs = measure([model.to(device) for model in models], loader, batch_sizes, seconds, advance)
+    cache.put("cost", key, {"costs": [asdict(cost) for cost in costs], "date": time.strftime(DATE)})
+    return costs, ""
+
+
+@contextmanager
+def _progress() -> Iterator[Callable]:
+    """Bars on stderr; what libraries print goes there too."""
+    columns = TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress, redirect_stdout(sys.stderr):
+
+        @contextmanager
+        def bar(title: str, total: int) -> Iterator[Callable]:
+            task = progress.add_task(title, total=total)
+            yield lambda done=1: progress.advance(task, done)
+
+        yield bar
