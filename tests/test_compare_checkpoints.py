@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import METRICS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
@@ -22,6 +22,7 @@ from normplug import layers  # and lets the toolkits import
 pytest.importorskip("mmdet.models")
 pytest.importorskip("mmaction.models")
 from mmcv.cnn import build_norm_layer
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -33,7 +34,7 @@ from normplug.openmmlab.comparison.average_precision import AveragePrecision, ev
 from normplug.openmmlab.comparison.bootstrap import Metric, compare, draw
 from normplug.openmmlab.comparison.cost import measure
 from normplug.openmmlab.comparison.norms import OutputRanges, filters_of, norms_of
-from normplug.openmmlab.comparison.predictions import Cache, Predictions, fingerprint
+from normplug.openmmlab.comparison.predictions import Cache, Predictions, _detections, fingerprint
 from normplug.openmmlab.comparison.run import compare_checkpoints
 from normplug.openmmlab.comparison.sides import Side, check_comparable
 
@@ -497,6 +498,39 @@ def test_predictions_are_scored_as_the_toolkits_do(detection, video):
         compared = {key: values[metric] for key, metric in names.items() if key in want}
         assert len(compared) in (3, 4)
         assert compared == pytest.approx({key: want[key] for key in compared}, abs=5.1e-4)  # mmdet rounds
+
+
+def test_detections_are_scored_as_mmdet_does(detection):
+    """Half-right detections whose masks are smaller than their boxes: whether one is small depends on which counts."""
+    a, _ = sides(detection)
+    random = np.random.default_rng(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        metric = METRICS.build(a.cfg.test_evaluator)
+    metric.dataset_meta = dict(classes=digits.CLASSES)
+    truth = metric._coco_api
+    for image in truth.getImgIds():
+        found = truth.loadAnns(truth.getAnnIds(imgIds=[image]))
+        corners = np.array([[x, y, x + w, y + h] for x, y, w, h in (f["bbox"] for f in found)])
+        prediction = dict(
+            img_id=image,
+            bboxes=corners + random.normal(0, 3, corners.shape) + [-4, -4, 4, 4],
+            scores=random.random(len(found)),
+            labels=np.array([f["category_id"] - 1 for f in found]),
+            masks=[rle.encode(np.asfortranarray(np.roll(truth.annToMask(f), random.integers(0, 5), 1))) for f in found],
+        )
+        metric.results.append((dict(width=128, height=128, img_id=image), prediction))
+    results = _detections(metric)
+    want = metric.compute_metrics(metric.results)
+    classes = truth.getCatIds()
+    sizes = {"": ("AP", "all"), "_50": ("AP50", "all"), "_75": ("AP75", "all")}
+    sizes |= {f"_{size[0]}": ("AP", size) for size in ("small", "medium")}
+    for kind, of in (("bbox", "box"), ("segm", "mask")):
+        scores = AveragePrecision(evaluate(truth, results[kind], kind, results["images"], classes))
+        values = scores(np.ones((1, len(results["images"])), np.int32))
+        for key, (name, size) in sizes.items():
+            got = values[Metric(name, of, size)].item()
+            assert got == pytest.approx(want[f"{kind}_mAP{key}"], abs=5.1e-4), (of, name, size)  # mmdet rounds
+        assert 0.1 < values[Metric("AP", of)].item() < 0.9
 
 
 def test_known_predictions(detection, tmp_path, monkeypatch):
