@@ -316,7 +316,7 @@ def test_norms_that_take_the_sum_over_are_seen_without_it():
         assert high == pytest.approx(apart[name][1], abs=1e-4), name
 
 
-@pytest.mark.parametrize("kind", ["BN", "SyncBN", "FrozenBN", "CBN", "CBN outside"])
+@pytest.mark.parametrize("kind", ["BN", "SyncBN", "FrozenBatchNorm", "CBN", "CBN outside"])
 def test_the_effective_scale_is_the_slope_of_the_layer(kind):
     options = dict(eps_mode="outside", eps=0.1) if "outside" in kind else {}
     layer = build_norm_layer(dict(type=kind.split()[0], **options), 5)[1].double().eval()
@@ -347,7 +347,7 @@ def test_state_is_what_training_would_change():
     assert states(frozen_stages=0, norm_eval=False) == ("frozen", "trained")
     assert states(frozen_stages=0, norm_eval=True) == ("frozen", "statistics frozen")
     assert states(**free, norm_cfg=dict(type="BN", requires_grad=False)) == ("weights frozen",) * 2
-    assert states(**free, norm_cfg=dict(type="FrozenBN")) == ("frozen", "frozen")
+    assert states(**free, norm_cfg=dict(type="FrozenBatchNorm")) == ("frozen", "frozen")
     groups = dict(type="GN", num_groups=2, requires_grad=False)
     assert states(**free, norm_cfg=groups) == ("frozen", "frozen")
 

@@ -27,7 +27,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:FRN got an input of shape"),  # the test's images are that small
     pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8"),  # mmdet's C4 mask head
 ]
-each_config = pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: str(f.relative_to(CONFIGS).with_suffix("")))
+
+
+def each_config(test):
+    """Run a test for every experiment: minutes in all."""
+    names = [str(file.relative_to(CONFIGS).with_suffix("")) for file in EXPERIMENTS]
+    return pytest.mark.slow(pytest.mark.parametrize("file", EXPERIMENTS, ids=names)(test))
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +137,6 @@ def sorted_deep(value):
     return [sorted_deep(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.slow
 @each_config
 def test_config_builds(file):
     """The whole model, without memory for its weights."""
@@ -148,7 +152,6 @@ def learnt():
     return {}
 
 
-@pytest.mark.slow
 @each_config
 def test_config_learns(file, learnt):
     """Forward and backward, once for all configs of the same model."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -143,7 +144,8 @@ def test_training_is_followed_to_its_end(tool, tmp_path):
     assert (training.iterations, training.total, training.fraction) == (120, 200, 0.6)
     outcome = training.outcome()
     assert outcome.metrics["coco/bbox_mAP"] == 0.5
-    assert 1 < outcome.peak_memory_mb < 1000  # of a python that does nothing
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts what there was before the exec
+    assert 1 < outcome.peak_memory_mb <= max(own, 100)  # of a python that does nothing
 
 
 def test_failed_training_shows_its_log(tool):

@@ -58,7 +58,8 @@ class Outcome:
     Args:
         metrics: Of the last evaluation, by mmengine's keys, from 0 to 1.
         seconds_per_iter: Median over the log.
-        peak_memory_mb: Of tensors on a GPU; on a CPU the most that a process of the training had resident.
+        peak_memory_mb: Of tensors on a GPU; on a CPU the most that a process of the training had resident (on Linux not
+            less than the process that started it).
         losses: Iteration and training loss.
         evaluations: Epoch and metrics.
     """

@@ -75,7 +75,7 @@ def norms_of(model: nn.Module, ranges: "OutputRanges | None" = None) -> list[Nor
     """Describe the norm layers of a model, in its order.
 
     The effective scale of a channel is what its input is multiplied by in evaluation: weight / sqrt(running_var +
-    eps) in batch norms (BN, SyncBN, CBN, FrozenBN). In all others, whose divisor depends on the sample, it is weight.
+    eps) in batch norms (BN, SyncBN, CBN, frozen). In all others, whose divisor depends on the sample, it is weight.
 
     Args:
         model: A model of a toolkit, no wrapper around it; its modes are as before afterwards.
