@@ -25,7 +25,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torch.nn import functional as F
 
-import normplug
+import normplug  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -143,23 +143,25 @@ X = torch.randn(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().m
 # ---- torchvision, timm
 
 
-@pytest.mark.parametrize(
-    ("make", "norm"),
-    [
-        (torchvision.models.resnet50, dict(type="BN")),
-        (partial(timm.create_model, "resnet50_gn"), dict(type="GN", num_groups=32)),
-    ],
-    ids=["torchvision", "timm GN"],
-)
-def test_published_resnets_of_true_size(run, make, norm):
-    source = randomize(make())
-    cfg = detector_cfg(base_channels=64, norm_cfg=norm)
+@pytest.fixture(scope="module")
+def full_size():
+    return randomize(timm.create_model("resnet50_gn"))
+
+
+def test_torchvision_resnet50(run):
+    source = randomize(torchvision.models.resnet50())
+    cfg = detector_cfg(base_channels=64, norm_cfg=dict(type="BN"))
     state, printed = run(state_of(source), cfg)
     assert_same(loaded_backbone(cfg, state)(X), features(source, X))
     assert rows(printed)["layer1.0.downsample.1.bias"] == ("layer1.0.downsample.1.bias", "")
     assert "Source: torchvision" in printed
     assert "classifier of ImageNet: fc.weight, fc.bias" in printed
     assert "The config's is the same." in printed
+
+
+def test_timm_resnet50_gn(run, full_size):
+    cfg = detector_cfg(base_channels=64)
+    assert_same(loaded_backbone(cfg, run(state_of(full_size), cfg)[0])(X), features(full_size, X))
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN"])
@@ -379,6 +381,16 @@ def test_images_can_stay_those_of_the_source(run, tmp_path, group_normalized):
     state, printed = run(file, cfg)
     assert_same(loaded_backbone(cfg, state)(X), features(group_normalized, X))
     assert "The config's is the same." in printed
+
+
+def test_a_config_that_sees_bgr(run, group_normalized):
+    images = 255 * torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)).double()
+    cfg = detector_cfg(depth=50)
+    cfg.model.data_preprocessor |= dict(mean=RGB_MEAN[::-1], std=[2, 3, 4], bgr_to_rgb=False)
+    state, printed = run(state_of(group_normalized), cfg)
+    got = loaded_backbone(cfg, state)(seen_by(RGB_MEAN[::-1], [2, 3, 4], "BGR", images))
+    assert_same(got, features(group_normalized, seen_by(RGB_MEAN, RGB_STD, "RGB", images)))
+    assert "mean=[103.53, 116.28, 123.675], std=[2.0, 3.0, 4.0], bgr_to_rgb=False" in printed
 
 
 def test_detectron_affine_channel_of_the_caffe_style(run, tmp_path):
@@ -635,14 +647,15 @@ def test_open_mmlab_backbone(run, group_normalized):
     assert "Source: mmdet-backbone" in printed
 
 
-def test_c4_has_its_last_stage_in_the_head(run, tmp_path, group_normalized):
+def test_c4_has_its_last_stage_in_the_head(run, full_size):
     cfg = Config.fromfile(ROOT / "configs/mask_rcnn/mask-rcnn_r50-c4_gn-all_8xb1-2x_coco.py")
-    cfg.model.backbone.base_channels = 32
-    cfg.model.roi_head.shared_head._scope_ = "mmdet"
-    source = resnet(layers=(3, 4, 6, 3))
-    cfg.model.roi_head.shared_head = None
-    _, error = run(state_of(source), cfg, fails="have no place in the model")
-    assert "layer4.0.conv1.weight" in error
+    state, _ = run(state_of(full_size), cfg, "--keep-images")
+    model = build(cfg)
+    parts = [{k: v for k, v in state.items() if k.startswith("layer4") == head} for head in (False, True)]
+    model.backbone.load_state_dict(parts[0], strict=True)
+    model.roi_head.shared_head.load_state_dict(parts[1], strict=True)
+    (map_,) = model.backbone(X)
+    assert_same([map_, model.roi_head.shared_head(map_)], features(full_size, X)[2:])
 
 
 # ---- I3D
@@ -698,6 +711,10 @@ def test_detectron_for_i3d_sees_rgb(run, tmp_path):
     state, printed = run(file, cfg, "--drop", "res4_*", "res5_*")
     first = loaded_backbone(cfg, state).conv1.conv.weight.sum(2) / torch.tensor(RGB_STD).double().view(1, 3, 1, 1)
     assert_same([first], [source.conv1.weight.flip(1)])
+    cfg.model.backbone |= dict(pretrained=str(tmp_path / "out.pth"), pretrained2d=False)
+    model = build(cfg).float()
+    model.init_weights()
+    assert all(torch.equal(value, state[key]) for key, value in model.backbone.state_dict().items())
     assert "BGR to RGB" in rows(printed)["conv1.conv.weight"][1]
 
 
@@ -812,13 +829,34 @@ def test_every_key_counts(run, group_normalized):
     loaded_backbone(cfg, state)
 
 
-def test_other_groups_and_eps_are_told(run, group_normalized):
+def test_other_groups_eps_and_mean_are_told(run, group_normalized):
     cfg = detector_cfg(norm_cfg=dict(type="GN", num_groups=16, eps=1e-3))
+    cfg.model.data_preprocessor.mean = [100, 100, 100]
     _, printed = run(state_of(group_normalized), cfg)
     assert "16 groups" in printed
     assert "eps=0.001" in printed
+    assert "prepares images otherwise: dict(mean=[100.0" in printed
 
 
-def test_import_is_enough():
-    assert MODELS.get("ResNetV2").__module__ == "normplug.openmmlab.resnet_v2"
-    assert normplug.__version__
+# ---- the pre-activation backbone
+
+
+def test_resnet_v2_freezes_stages():
+    net = MODELS.build(dict(type="ResNetV2", depth=50, base_channels=32, frozen_stages=1)).train()
+    frozen = {name.split(".")[0] for name, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+    assert not net.layer1.training
+    assert net.layer2.training
+
+
+def test_resnet_v2_takes_norms_that_contain_their_activation():
+    cfg = dict(type="ResNetV2", depth=50, base_channels=32, norm_cfg=dict(type="EvoNormS0"), out_indices=(1, 3))
+    net = MODELS.build(cfg).eval()
+    assert not any(isinstance(m, nn.ReLU) for m in net.modules())
+    assert [tuple(y.shape) for y in net(X.float())] == [(1, 256, 8, 8), (1, 1024, 2, 2)]
+
+
+@pytest.mark.parametrize("wrong", [dict(depth=18), dict(depth=50, out_indices=(4,))], ids=str)
+def test_resnet_v2_of_no_such_shape(wrong):
+    with pytest.raises(ValueError, match=r"depths \[50, 101, 152\]"):
+        MODELS.build(dict(type="ResNetV2", **wrong))

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers import CrossIterationBatchNorm, FrozenBatchNorm, WSConv1d, WSConv2d, WSConv3d
 from normplug.openmmlab.checkpoints import check_norms
@@ -307,7 +308,8 @@ def _merge_bn(source: Source, target: _Target, result: Conversion, bn: str) -> N
             f"{norm}.running_mean": Weight((), zero.float(), ("constant 0",)),
             f"{norm}.running_var": Weight((), (zero + 1 - eps).float(), ("constant 1 - eps",)),
         }
-        if layer is not None and not isinstance(layer, FrozenBatchNorm) and not _evaluates(target, norm):
+        trains = isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm)
+        if trains and not _evaluates(target, norm):
             _warn_once(
                 result,
                 "norms of the config train by batch statistics, which undoes merged ones in training: set "
