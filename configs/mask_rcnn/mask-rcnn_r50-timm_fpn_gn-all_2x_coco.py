@@ -1,5 +1,5 @@
 # GN in the backbone, FPN, box head and mask head, from timm's resnet50_gn.a1h_in1k. timm calls its GroupNorms bnN,
-# mmdet gnN: rename the keys of the state dict and save it under the name below.
+# mmdet gnN: tools/convert_checkpoint.py makes the file below of timm's.
 # Published: nothing in this recipe.
 # Recipe: Norms are decayed by 1e-4, as mmdet does it; the GN paper does not decay them.
 # Cost: 8 GPUs x 2 images, 24 epochs; estimate: 51 h on 8 P100, in proportion to the 50.8 h of Detectron's 2x run of

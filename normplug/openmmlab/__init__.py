@@ -18,5 +18,12 @@ def close_gaps() -> None:
 
 
 def register_hooks() -> None:
-    """Register our hooks with mmengine, so that ``custom_imports=dict(imports=['normplug'])`` is all they need."""
-    from normplug.openmmlab import checkpoints, feature_percentiles, precise_bn, random_state, recompute  # noqa: F401
+    """Register our hooks and backbones: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
+    from normplug.openmmlab import (  # noqa: F401
+        checkpoints,
+        feature_percentiles,
+        precise_bn,
+        random_state,
+        recompute,
+        resnet_v2,
+    )

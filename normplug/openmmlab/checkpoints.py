@@ -17,7 +17,7 @@ import pickletools
 import re
 import threading
 import zipfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
 
-__all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load", "place"]
+__all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load", "load_pickle", "place"]
 
 
 class UnsafeCheckpointError(ValueError):
@@ -47,8 +47,12 @@ class UnsafeCheckpointError(ValueError):
 _NUMBER = re.compile(r"[biuf][1-8]|f16|c8|c16")
 
 
+class _Refused(pickle.UnpicklingError):
+    """What a file contains is not allowed, in contrast to: the file is broken."""
+
+
 def _refuse(what: str):
-    raise pickle.UnpicklingError(what)
+    raise _Refused(what)
 
 
 class _StoredDtype:
@@ -73,6 +77,8 @@ class _StoredArray:
         match state:
             case (_, tuple(shape), _StoredDtype(dtype=dtype), fortran, bytes(data)):
                 pass
+            case (_, tuple(shape), _StoredDtype(dtype=dtype), fortran, str(text)):  # bytes of Python 2
+                data = _stored_text(text, "latin1")
             case _:
                 _refuse("a numpy array of anything but numbers")
         if not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -130,6 +136,14 @@ def _stored_method(owner, name):
 def _stored_bytes():
     """Takes the place of ``bytes``, which a pickle calls for the data of an empty array."""
     return b""
+
+
+def _stored_text(text, encoding):
+    """Takes the place of ``_codecs.encode``, with which pickles of protocol 2 spell bytes."""
+    try:
+        return text.encode({"latin1": "latin1"}[encoding])
+    except (AttributeError, KeyError, TypeError, UnicodeEncodeError):
+        _refuse(f"bytes in the encoding {encoding!r}")
 
 
 _NAMES = {
@@ -264,6 +278,42 @@ def _refusal(source, foreign: list[str], error: Exception) -> str:
         "weights, torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it "
         "before loading with torch.serialization.add_safe_globals([...])."
     )
+
+
+_ARRAY_NAMES = {name: stand_in for name, stand_in in _NAMES.items() if name.startswith("numpy.")}
+_ARRAY_NAMES |= {"_codecs.encode": _stored_text, "collections.OrderedDict": OrderedDict}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Finds numpy's arrays and nothing else, and they are stand-ins."""
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}"
+        return _ARRAY_NAMES[full] if full in _ARRAY_NAMES else _refuse(full)
+
+
+def load_pickle(file: str | Path):
+    """Unpickle dicts, lists, numbers, text and numpy arrays of numbers, Python 2's included, and execute nothing.
+
+    For files that are no checkpoints of torch, such as Detectron's and Detectron2's ``.pkl``.
+
+    Raises:
+        UnsafeCheckpointError: If the file names any other class or function.
+        ValueError: If it is no whole pickle.
+    """
+    try:
+        with Path(file).open("rb") as stream:
+            loaded = _ArrayUnpickler(stream, encoding="latin1").load()
+    except _Refused as error:
+        raise UnsafeCheckpointError(
+            f"The pickle {file} was refused, and nothing in it was executed: it contains {error}. Expected: a dict of "
+            f"numpy arrays of numbers. Get the file from its authors' model zoo."
+        ) from error
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError) as error:
+        raise ValueError(
+            f"{file} is not a whole pickle ({error}). Is it another kind of file, or cut short?"
+        ) from error
+    return _with_arrays(loaded, set())
 
 
 class _TorchWithSafeLoad:
