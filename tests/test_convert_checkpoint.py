@@ -164,7 +164,7 @@ def test_timm_resnet50_gn(run, full_size):
     assert_same(loaded_backbone(cfg, run(state_of(full_size), cfg)[0])(X), features(full_size, X))
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN"])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBatchNorm", "SyncBN"])
 def test_batch_norm_of_any_kind(run, norm):
     source, cfg = resnet(nn.BatchNorm2d), detector_cfg(norm_cfg=dict(type=norm))
     assert_same(loaded_backbone(cfg, run(state_of(source), cfg)[0])(X), features(source, X))
@@ -405,7 +405,7 @@ def test_detectron_affine_channel_of_the_caffe_style(run, tmp_path):
     blobs = numpy_of({caffe2_blob(key, "bn"): value for key, value in state.items()})
     blobs["conv1_b"] = np.ones(64, np.float32)  # in the file, and not in the network
     file = write_pickle(tmp_path / "R-50.pkl", blobs)
-    cfg = detector_cfg(norm_cfg=dict(type="FrozenBN"), style="caffe")
+    cfg = detector_cfg(norm_cfg=dict(type="FrozenBatchNorm"), style="caffe")
     cfg.model.data_preprocessor |= dict(mean=DETECTRON_BGR_MEAN, std=[1, 1, 1], bgr_to_rgb=False)
     converted, printed = run(file, cfg)
     assert_same(loaded_backbone(cfg, converted)(X), features(source, X))
@@ -724,7 +724,7 @@ def test_detectron_for_i3d_sees_rgb(run, tmp_path):
 @pytest.mark.parametrize("flag", ["--freeze-bn", "--fold-bn"])
 def test_batch_norm_is_merged(run, flag):
     source = resnet(nn.BatchNorm2d)
-    cfg = detector_cfg(norm_cfg=dict(type="FrozenBN"))
+    cfg = detector_cfg(norm_cfg=dict(type="FrozenBatchNorm"))
     state, printed = run(state_of(source), cfg, flag)
     assert_same(loaded_backbone(cfg, state)(X), features(source, X))
     assert not state["layer1.0.bn2.running_mean"].any()

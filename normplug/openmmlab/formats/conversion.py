@@ -313,7 +313,7 @@ def _merge_bn(source: Source, target: _Target, result: Conversion, bn: str) -> N
             _warn_once(
                 result,
                 "norms of the config train by batch statistics, which undoes merged ones in training: set "
-                "norm_cfg=dict(type='FrozenBN') or norm_eval=True",
+                "norm_cfg=dict(type='FrozenBatchNorm') or norm_eval=True",
             )
     if merged:
         result.facts.append(f"{len(merged)} norms have their statistics in weight and bias, or in the convolution.")
