@@ -324,3 +324,28 @@ def test_several_nodes(tmp_path):
         *("--master_port=29501", "--nproc_per_node=8", f"{ROOT}/tools/train.py", "c.py", "--amp"),
         *("--launcher", "pytorch"),
     ]
+
+
+# --- estimates
+
+COCO_1X, KINETICS_EPOCH = 12 * 7330, 240_000 // 64  # 7330 iterations of 16 images are an epoch in the logs of mmdet
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "iterations", "seconds"),
+    [
+        ("mask-rcnn_r50_fpn_gn-all_2x_coco", "", 2 * COCO_1X, 0.309),
+        ("mask-rcnn_r50_fpn_gn-head_8xb1-1x_coco", "≤ ", COCO_1X, 0.309),
+        ("mask-rcnn_r101_fpn_gn-ws-all_2x_coco", "", 2 * COCO_1X, 0.309 * 1.3027 * 1.05),
+        ("mask-rcnn_r50-scratch_fpn_gn-all_6x_coco", "", 73 * 7330, 0.338),
+        ("i3d_r50_bn_8xb4-64x1x1-100e_kinetics400-rgb", "", 100 * KINETICS_EPOCH, 0.86),
+        ("mask-rcnn_r50-scratch_fpn_syncbn-all_2x_coco", "–", 0, 0),
+        ("mask-rcnn_r50_fpn_cbn-head_4xb4-1x_coco", "–", 0, 0),
+    ],
+)
+def test_estimated_hours(name, bound, iterations, seconds):
+    row = next(line for line in (ROOT / "docs/results.md").read_text().splitlines() if f"[{name}]" in line)
+    cell = row.split(" | ")[2]
+    assert cell.startswith(bound)
+    if iterations:
+        assert float(cell.removeprefix("≤ ")) == pytest.approx(iterations * seconds / 3600, rel=0.03)  # two digits
