@@ -102,11 +102,8 @@ def row(model: dict, folder: Path) -> str:
 
 def hours(model: dict) -> str:
     """Estimate how long 8 V100 train a model of a metafile, by PACE."""
-    for pattern, seconds in PACE.items():
-        if fnmatch(model["Name"], pattern.removeprefix("<= ")):
-            break
-    else:
-        return "–"
+    pattern = next((p for p in PACE if fnmatch(model["Name"], p.removeprefix("<= "))), None)
+    seconds = PACE.get(pattern)
     if seconds is None:
         return "–"
     batches = model["Metadata"]["Epochs"] * (KINETICS if "kinetics" in model["Name"] else COCO)
