@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import DATASETS, FUNCTIONS, MODELS
+from mmengine.registry import DATASETS, MODELS
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -146,7 +146,8 @@ def config(path, epochs=2, **more):
     )
 
 
-FSDP = dict(strategy=dict(type="FSDPStrategy", model_wrapper=dict(auto_wrap_policy=dict(type="wrap_convs"))))
+BY_SIZE = dict(type="torch.distributed.fsdp.wrap.size_based_auto_wrap_policy", min_num_params=500)
+FSDP = dict(strategy=dict(type="FSDPStrategy", model_wrapper=dict(auto_wrap_policy=BY_SIZE)))
 
 
 def run(cfg):
@@ -157,7 +158,6 @@ def run(cfg):
 
 
 def runners(path):
-    FUNCTIONS.register_module("wrap_convs", module=ModuleWrapPolicy({ConvModule}))
     run(config(f"{path}/replicated"))
     whole = run(config(f"{path}/sharded", **copy.deepcopy(FSDP)))
     run(config(f"{path}/resumed", epochs=1, **copy.deepcopy(FSDP)))
