@@ -29,7 +29,9 @@ class Convolution:
     @property
     def trainable(self) -> bool:
         """Whether its filters are being trained; a bias alone does not count."""
-        return any(p.requires_grad for name, p in self.module.named_parameters() if name != "bias")
+        # FSDP with use_orig_params=False leaves no parameters, but views of a flat one among the attributes.
+        weights = {**vars(self.module), **dict(self.module.named_parameters())}
+        return any(isinstance(w, Tensor) and w.requires_grad for name, w in weights.items() if name != "bias")
 
     @property
     def version(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ def close_gaps() -> None:
 
 def register_hooks() -> None:
     """Register our hooks and backbones: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
+    """Register our hooks and strategy with mmengine: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
     from normplug.openmmlab import (  # noqa: F401
         checkpoints,
         feature_percentiles,
@@ -26,4 +27,5 @@ def register_hooks() -> None:
         random_state,
         recompute,
         resnet_v2,
+        sharding,
     )

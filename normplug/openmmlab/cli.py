@@ -111,5 +111,7 @@ def scale_lr(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Return the runner that the config asks for."""
+    """Return the runner that the config asks for; a strategy asks for FlexibleRunner, since Runner ignores it."""
+    if "strategy" in cfg and "runner_type" not in cfg:
+        cfg.runner_type = "FlexibleRunner"
     return Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
