@@ -18,8 +18,7 @@ def close_gaps() -> None:
 
 
 def register_hooks() -> None:
-    """Register our hooks and backbones: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
-    """Register our hooks and strategy with mmengine: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
+    """Register hooks, backbones and a strategy: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
     from normplug.openmmlab import (  # noqa: F401
         checkpoints,
         feature_percentiles,
