@@ -85,7 +85,8 @@ class Report:
         for name, file in pictures.items():
             data = base64.b64encode(file.read_bytes()).decode()
             width = round(96 * self._figures[file.stem].get_size_inches()[0])  # a CSS pixel is 1/96 of an inch
-            body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}" width="{width}"')
+            broad = ' class="broad"' if width > 700 else ""
+            body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}" width="{width}"{broad}')
         return _PAGE.render(title=self.title, body=body)
 
 
@@ -132,7 +133,8 @@ h1, h2, h3, p, li { overflow-wrap: anywhere; }
 p, li { max-width: 48rem; }
 p:has(> img) { max-width: none; overflow-x: auto; }
 code { background: var(--soft); border-radius: 3px; padding: 0 .25em; font-size: .9em; }
-img { max-width: max(100%, 45rem); height: auto; background: #fff; } /* on a phone a figure scrolls, still legible */
+img { max-width: 100%; height: auto; background: #fff; }
+img.broad { max-width: max(100%, 45rem); } /* of several panels: on a phone it scrolls, still legible */
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; white-space: nowrap; }
