@@ -32,9 +32,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--share-data",
         action="store_true",
-        help="keep predictions and measurements in --cache: a rerun, or another comparison with one of these models on "
-        "the same data, takes them from there and runs no model. What they depend on (config, checkpoint, data, code, "
-        "versions, device) is their key, so old ones are never used",
+        help="keep predictions and measurements in --cache: a rerun takes both from there and runs no model; so does "
+        "another comparison on the same data with the predictions of a model it shares. What they depend on (config, "
+        "checkpoint, data, code, versions, device) is their key, so old ones are never used",
     )
     p.add_argument("--cache", type=Path, metavar="DIR", help="default: work_dirs/compare/cache; implies --share-data")
     p.add_argument(

@@ -331,6 +331,8 @@ def _draw_norms(figure: Figure, norms: Sequence[Sequence[Norm]]) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for i, (letter, colour) in enumerate(zip(LETTERS, COLOURS, strict=True)):
         at = [x for x, pair in enumerate(pairs) if pair[i] is not None]
+        if not at:
+            continue
         scales = [np.quantile(pairs[x][i].scales, [0.05, 0.5, 0.95]) for x in at]
         low, middle, high = (np.array(values) for values in zip(*scales, strict=True))
         above.plot(at, middle, marker=".", color=colour, label=letter)
