@@ -399,6 +399,7 @@ def test_cpu_goals_run(monkeypatch, tmp_path, capsys):
 CHECK = ROOT / "tools" / "gpu_check.sh"
 
 
+@pytest.mark.slow
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHON=sys.executable)
     done = subprocess.run([CHECK, tmp_path / "out"], env=env, capture_output=True, text=True)
@@ -425,6 +426,7 @@ esac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "outcome"), [(0, "passed"), (1, "failed")])
 def test_gpu_check_writes_what_was_measured(code, outcome, tmp_path):
     """With a stand-in for the interpreter: what it does with the parts, and with parts that fail."""

@@ -446,6 +446,7 @@ def sides(setup):
     return side(setup, "A"), side(setup, "B")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["detection", "video"])
 def test_the_tool(task, request, tmp_path, capsys, monkeypatch):
     arguments, options = request.getfixturevalue(task)
@@ -573,6 +574,7 @@ def test_known_predictions(detection, tmp_path, monkeypatch):
 # What is remembered
 
 
+@pytest.mark.slow
 def test_a_key_changes_with_all_that_predictions_depend_on(video, tmp_path, monkeypatch):
     (own, other), device = sides(video), torch.device("cpu")
 

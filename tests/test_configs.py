@@ -355,6 +355,7 @@ def test_every_config_has_one_entry_in_a_metafile():
     assert index["Import"] == [f"configs/{folder}/metafile.yml" for folder in METAFILES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", METAFILES)
 def test_metafile_says_what_its_configs_say(folder):
     collections = {c["Name"] for c in METAFILES[folder]["Collections"]}

@@ -58,6 +58,7 @@ def test_layers_do_not_import_each_other():
                 assert name.split(".")[2].startswith("_"), f"{file.name} imports {name}"
 
 
+@pytest.mark.slow
 def test_import_needs_no_toolkit():
     """`import normplug` works with torch and mmengine alone, and does not load mmdet or mmaction2 when present."""
     code = """

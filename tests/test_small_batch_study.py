@@ -126,6 +126,7 @@ def trainings(monkeypatch, tmp_path):
 ALL = sorted(f"{norm}_b{size}_seed{seed}" for norm in ("bn", "gn") for size in (2, 8) for seed in (0, 1))
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again(trainings, tmp_path, monkeypatch, capsys):
     argv = [*VIDEO, "--work-dir", str(tmp_path)]
     monkeypatch.setenv("FAIL", "gn_b8_seed1")
@@ -145,6 +146,7 @@ def test_finished_cells_are_not_run_again(trainings, tmp_path, monkeypatch, caps
     assert "data:image/png" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on(trainings, tmp_path, monkeypatch):
     argv = [*VIDEO, "--jobs", "2", "--work-dir", str(tmp_path)]
     running = []
@@ -167,6 +169,7 @@ def test_a_stopped_study_goes_on(trainings, tmp_path, monkeypatch):
     assert trainings() == ALL
 
 
+@pytest.mark.slow
 def test_other_settings_in_a_folder_are_refused(trainings, tmp_path, capsys):
     argv = [*VIDEO, "--work-dir", str(tmp_path)]
     assert study.main([*argv, "--norms", "BN", "--batch-sizes", "2"]) == 0
@@ -176,6 +179,7 @@ def test_other_settings_in_a_folder_are_refused(trainings, tmp_path, capsys):
     assert trainings() == []
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(trainings, tmp_path, capsys):
     """Also by a training whose study was killed: it has inherited the lock."""
     argv = [*VIDEO, "--work-dir", str(tmp_path)]
