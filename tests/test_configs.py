@@ -24,15 +24,11 @@ pytest.importorskip("mmaction.models")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(f for f in CONFIGS.rglob("*.py") if "_base_" not in f.parts)
 pytestmark = [
+    pytest.mark.slow,  # reading all configs takes a minute
     pytest.mark.filterwarnings("ignore:FRN got an input of shape"),  # the test's images are that small
     pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8"),  # mmdet's C4 mask head
 ]
-
-
-def each_config(test):
-    """Run a test for every experiment: minutes in all."""
-    names = [str(file.relative_to(CONFIGS).with_suffix("")) for file in EXPERIMENTS]
-    return pytest.mark.slow(pytest.mark.parametrize("file", EXPERIMENTS, ids=names)(test))
+each_config = pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: str(f.relative_to(CONFIGS).with_suffix("")))
 
 
 @pytest.fixture(autouse=True)
@@ -355,7 +351,6 @@ def test_every_config_has_one_entry_in_a_metafile():
     assert index["Import"] == [f"configs/{folder}/metafile.yml" for folder in METAFILES]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", METAFILES)
 def test_metafile_says_what_its_configs_say(folder):
     collections = {c["Name"] for c in METAFILES[folder]["Collections"]}

@@ -167,6 +167,7 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if CUDA 
 MANY_ENOUGH = 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=40, phases=PHASES, deadline=None, derandomize=True)
 @given(case=cases())
@@ -185,6 +186,7 @@ def test_any_shape_layout_and_dtype(norm, case):
     compare(norm, *data, None if alone else case["act"], groups, scale=4 if case["mean"] else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
@@ -195,6 +197,7 @@ def test_mean_1000_and_variance_1(norm, channels_last, on_chip):
     compare(norm, dy, x, weight, bias, v, None, None, 2, scale=1000 / 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
 @pytest.mark.parametrize("norm", NORMS)
