@@ -117,6 +117,27 @@ def test_contained_activation_leaves_the_network_what_it_was(name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("act", ["silu", "leaky_relu", "gelu"])
+def test_the_activation_of_the_norms_takes_the_place_of_every_relu_behind_them_and_their_sums(name, act):
+    cfg, shape = BACKBONES[name]
+    stock = shake(MODELS.build(cfg | dict(norm_cfg=GN)))
+    ours = MODELS.build(cfg | dict(norm_cfg=GN | dict(act=act)))
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    for path, relu in list(stock.named_modules()):
+        # what stands behind fully connected layers and transposed convolutions, and behind the plugin's own norm
+        other = (path == "relu" and name in ("box-head", "mask-head")) or "context_block" in path
+        if type(relu) is nn.ReLU and not other:
+            own = {"silu": nn.SiLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}[act]()
+            stock.get_submodule(path.rpartition(".")[0]).register_module(path.rpartition(".")[2], own)
+    x = inputs(shape)
+    for got, want in zip(run(ours, x), run(stock, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1, want.abs().max().item()))
+    text = repr(ours)
+    assert repr(adapt(ours)) == text
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_checkpointed_blocks_still_run_their_branch_again_in_backward(depth):
     cfg = dict(type="mmdet.ResNet", depth=depth, base_channels=8, with_cp=True, norm_cfg=GN | dict(act="relu"))

@@ -259,6 +259,13 @@ CONTROLS = {
             "model.roi_head.mask_head.norm_cfg",
         },
     ),
+    "mask_rcnn/mask-rcnn_r50-scratch_fpn_gn-silu_8xb8-lsj-72e_coco": (
+        "mask_rcnn/mask-rcnn_r50-scratch_fpn_gn-relu_8xb8-lsj-72e_coco",
+        {
+            f"{part}norm_cfg.act"
+            for part in ("", *(f"model.{p}." for p in ("backbone", "neck", "roi_head.bbox_head", "roi_head.mask_head")))
+        },
+    ),
     "mask_rcnn/mask-rcnn_r50_fpn_evonorm-s0-head_1x_coco": (
         "mask_rcnn/mask-rcnn_r50_fpn_frozen-bn-4conv1fc_1x_coco",
         {"norm_cfg", "model.neck.norm_cfg", "model.roi_head.bbox_head.norm_cfg", "model.roi_head.mask_head.norm_cfg"},
@@ -299,6 +306,30 @@ def test_config_differs_from_its_control_in_the_experiment_alone(name):
     control, expected = CONTROLS[name]
     ours, theirs = (plain(load(CONFIGS / f"{n}.py").to_dict()) for n in (name, control))
     assert set(differences(ours, theirs)) == expected
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_silu_is_behind_every_norm_and_every_sum_of_its_configs(norm):
+    relu, silu = (
+        build(load(CONFIGS / f"mask_rcnn/mask-rcnn_r50-scratch_fpn_{norm}-{act}_8xb8-lsj-72e_coco.py"))
+        for act in ("relu", "silu")
+    )
+    assert list(silu.state_dict()) == list(relu.state_dict())
+
+    places = [name for name, m in relu.named_modules() if type(m) is nn.ReLU]
+    now = {name: type(silu.get_submodule(name)).__name__ for name in places}
+    left = {name for name, kind in now.items() if kind == "ReLU"}
+    assert left == {"roi_head.bbox_head.relu", "roi_head.mask_head.relu"}
+    assert all(now[f"backbone.layer{i}.0.relu"] == "SiLU" for i in (1, 2, 3, 4))
+    acts = {name: m.act for name, m in silu.named_modules() if hasattr(m, "act")}
+    none = {name for name, act in acts.items() if act is None}
+    assert {re.sub(r"\d+", "", name) for name in none} == {
+        f"backbone.layer..{norm}",
+        "backbone.layer..downsample.",
+        f"neck.lateral_convs..{norm}",
+        f"neck.fpn_convs..{norm}",
+    }
+    assert set(acts.values()) == {None, "silu"}
 
 
 def test_burn_in_of_cbn_is_eight_epochs():

@@ -86,7 +86,7 @@ def test_the_result_is_the_model_that_a_config_builds(name, kind):
     assert output(model, data[0]).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["SyncBN", "FrozenBatchNorm", "CBN"])
+@pytest.mark.parametrize("kind", ["BNAct", "SyncBN", "FrozenBatchNorm", "CBN"])
 @pytest.mark.parametrize("name", ["resnet", "torchvision"])
 def test_batch_norms_of_other_kinds_compute_the_same(name, kind):
     model, data = trained(name)

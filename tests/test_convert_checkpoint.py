@@ -206,6 +206,35 @@ def test_bit_of_timm(run, conv_cfg):
     assert "bit-timm" in printed
 
 
+RESNET_V2_D = dict(type="ResNetV2", depth=50, deep_stem=True, avg_down=True, conv_cfg=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm_cfg"),
+    [
+        ("resnetv2_50d_gn", dict(type="GN", num_groups=32)),
+        ("resnetv2_50d_evos", dict(type="EvoNormS0", num_groups=32)),
+        ("resnetv2_50d", dict(type="BN")),
+    ],
+)
+def test_resnet_v2_d_of_timm(run, name, norm_cfg):
+    source = randomize(timm.create_model(name))
+    cfg = detector_cfg(backbone=RESNET_V2_D | dict(norm_cfg=norm_cfg), depth=50)
+    cfg.model.data_preprocessor |= dict(mean=[127.5] * 3, std=[127.5] * 3)
+    state, printed = run(state_of(source), cfg)
+    odd = torch.randn(1, 3, 70, 94, dtype=torch.float64)  # the pools meet borders
+    want = source.forward_intermediates(odd, intermediates_only=True, norm=True)
+    assert_same(loaded_backbone(cfg, state)(odd), [*want[-4:-1], source.forward_features(odd)])
+    assert "resnetv2-timm" in printed
+    assert "Warning" not in printed
+    leaf = "v" if name.endswith("evos") else "bias"
+    assert {of for target, (of, _) in rows(printed).items() if target.endswith(f".{leaf}")} == {
+        key for key in source.state_dict() if key.endswith(f".{leaf}") and "head" not in key
+    }
+    if name == "resnetv2_50d":
+        run(state_of(source), cfg, "--fold-bn", fails="in front of activation and convolution")
+
+
 def test_bit_npz(run, tmp_path):
     """timm reads the same file: its own reader is the oracle."""
     small = dict(layers=[3, 4, 6, 3], channels=(128, 256, 512, 1024), stem_chs=32, stem_type="fixed", num_classes=5)
@@ -841,10 +870,12 @@ def test_other_groups_eps_and_mean_are_told(run, group_normalized):
 # ---- the pre-activation backbone
 
 
-def test_resnet_v2_freezes_stages():
-    net = MODELS.build(dict(type="ResNetV2", depth=50, base_channels=32, frozen_stages=1)).train()
+@pytest.mark.parametrize(("kwargs", "stem"), [({}, "conv1"), (dict(deep_stem=True), "stem")])
+def test_resnet_v2_freezes_stages(kwargs, stem):
+    net = MODELS.build(dict(type="ResNetV2", depth=50, frozen_stages=1, **kwargs)).train()
     frozen = {name.split(".")[0] for name, p in net.named_parameters() if not p.requires_grad}
-    assert frozen == {"conv1", "layer1"}
+    assert frozen == {stem, "layer1"}
+    assert not getattr(net, stem).training
     assert not net.layer1.training
     assert net.layer2.training
 

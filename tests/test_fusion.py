@@ -14,7 +14,8 @@ from normplug.registry import MODELS
 pytest.importorskip("mmdet.models")
 pytest.importorskip("mmaction.models")
 
-NORMS = {"GN": GN, "SyncBN": dict(type="SyncBN"), "CBN": dict(type="CBN", buffer_num=2, burnin=1)}
+BN, SYNC_BN = dict(type="BNAct"), dict(type="SyncBN")
+NORMS = {"GN": GN, "BNAct": BN, "SyncBN": SYNC_BN, "CBN": dict(type="CBN", buffer_num=2, burnin=1)}
 # where the only ReLU is one that no norm stands before
 NOTHING_TO_FUSE = {"fpn"}
 checkpoint_warning = pytest.mark.filterwarnings("ignore:.*use_reentrant")  # the stock blocks' checkpointing
@@ -57,11 +58,29 @@ def test_outputs_and_gradients_are_the_same(name, norm):
     for got_step, want_step in zip(got, want, strict=True):
         for g, w in zip(got_step, want_step, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-9 * max(1, w.abs().max().item()))
-    if name in ("r18-checkpointed", "3d-r50") and norm == "SyncBN":
+    if name in ("r18-checkpointed", "3d-r50") and norm in ("BNAct", "SyncBN"):
         return  # recomputation updates the running statistics again, where it does not end before that
     for (key, g), w in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
         if torch.is_tensor(g):
             torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-9, msg=key)
+
+
+@checkpoint_warning
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_silu_is_taken_over_like_a_relu(name):
+    plain, shape = build(name, NORMS["BNAct"])
+    for module in list(plain.modules()):
+        for child, relu in list(module.named_children()):
+            if type(relu) is nn.ReLU:
+                setattr(module, child, nn.SiLU())
+    fused = fuse_activations(copy.deepcopy(plain), ("cuda", "cpu"))
+    fuse_activations(plain, ())
+    x = doubles(shape)
+    of_plain, of_fused = (calls_of(m, nn.SiLU) for m in (plain, fused))
+    want, got = (run(m, x) for m in (plain, fused))
+    assert len(of_fused) < len(of_plain) or name in NOTHING_TO_FUSE
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-9 * max(1, w.abs().max().item()))
 
 
 def test_resnet_50_is_left_with_no_relu_of_its_own():

@@ -87,6 +87,7 @@ def test_registered_names_are_the_contract():
 
     contract = {
         "GN": "GroupNorm",
+        "BNAct": "BatchNormAct",
         "SyncBN": "SyncBatchNorm",
         "CBN": "CrossIterationBatchNorm",
         "EvoNormB0": "EvoNormB0",
@@ -102,7 +103,7 @@ def test_registered_names_are_the_contract():
         assert MODELS.get(name) is getattr(normplug.layers, cls)
     names = {name: build_norm_layer(dict(type=name), 64)[0] for name in contract if not name.startswith("ConvWS")}
     abbreviations = {"GN": "gn", "SyncBN": "bn", "CBN": "bn", "EvoNormB0": "bn", "EvoNormS0": "gn", "FRN": "frn"}
-    assert names == abbreviations | {"FrozenBatchNorm": "bn"}
+    assert names == abbreviations | {"BNAct": "bn", "FrozenBatchNorm": "bn"}
     assert MODELS.get("BN") is __import__("torch").nn.BatchNorm2d  # mmcv's own stay
 
 

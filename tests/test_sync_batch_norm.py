@@ -13,7 +13,7 @@ from cases import DEVICE
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch import nn
 
-from normplug.layers import SyncBatchNorm
+from normplug.layers import BatchNormAct, SyncBatchNorm
 
 C = 6
 
@@ -31,12 +31,15 @@ def buffers(layer):
 
 # --- one process
 
+each = pytest.mark.parametrize("norm", [BatchNormAct, SyncBatchNorm])
 
+
+@each
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_one_process_is_plain_bn_to_the_last_bit(momentum, layout):
+def test_one_process_is_plain_bn_to_the_last_bit(norm, momentum, layout):
     stock = shaken(nn.BatchNorm2d(C, eps=1e-3, momentum=momentum)).to(DEVICE)
-    ours = SyncBatchNorm(C, eps=1e-3, momentum=momentum).to(DEVICE)
+    ours = norm(C, eps=1e-3, momentum=momentum).to(DEVICE)
     ours.load_state_dict(stock.state_dict(), strict=True)
     for _ in range(3):
         x = (3 + torch.randn(4, C, 5, 7)).to(DEVICE).to(memory_format=layout).requires_grad_()
@@ -50,11 +53,12 @@ def test_one_process_is_plain_bn_to_the_last_bit(momentum, layout):
     torch.testing.assert_close(ours.eval()(x), stock.eval()(x), rtol=0, atol=0)
 
 
+@each
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-def test_activation_and_residual(act, momentum):
+def test_activation_and_residual(norm, act, momentum):
     stock = shaken(nn.BatchNorm2d(C, momentum=momentum)).double()
-    ours = SyncBatchNorm(C, momentum=momentum, act=act).double()
+    ours = norm(C, momentum=momentum, act=act).double()
     ours.load_state_dict(stock.state_dict(), strict=True)
     for training in (True, True, False):
         ours.train(training)
@@ -68,23 +72,25 @@ def test_activation_and_residual(act, momentum):
     torch.testing.assert_close(buffers(ours), buffers(stock))
 
 
-def test_without_affine_bias_or_running_statistics():
+@each
+def test_without_affine_bias_or_running_statistics(norm):
     x = torch.randn(4, C, 5)
     want = F.batch_norm(x, None, None, training=True)
-    layer = SyncBatchNorm(C, affine=False, track_running_stats=False)
+    layer = norm(C, affine=False, track_running_stats=False)
     assert not layer.state_dict()
     torch.testing.assert_close(layer(x), want, rtol=0, atol=0)
     torch.testing.assert_close(layer.eval()(x), want, rtol=0, atol=0)  # batch statistics in evaluation too
-    layer = SyncBatchNorm(C, bias=False)
+    layer = norm(C, bias=False)
     assert set(layer.state_dict()) == {"weight", "running_mean", "running_var", "num_batches_tracked"}
     torch.testing.assert_close(layer(x), want, rtol=0, atol=0)
     assert "affine=True" in repr(layer)
 
 
+@each
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("act", [None, "relu"])
-def test_empty_batch_changes_nothing(training, act):
-    layer = SyncBatchNorm(C, act=act).train(training)
+def test_empty_batch_changes_nothing(norm, training, act):
+    layer = norm(C, act=act).train(training)
     before = buffers(layer)
     x = torch.zeros(0, C, 7, 7, requires_grad=True)
     y = layer(x)
@@ -95,12 +101,13 @@ def test_empty_batch_changes_nothing(training, act):
     torch.testing.assert_close(buffers(layer), before, rtol=0, atol=0)
 
 
-def test_errors():
+@each
+def test_errors(norm):
     with pytest.raises(ValueError, match=r"single value.*\(1, 6, 1, 1\)"):
-        SyncBatchNorm(C)(torch.zeros(1, C, 1, 1))
-    SyncBatchNorm(C).eval()(torch.zeros(1, C, 1, 1))
+        norm(C)(torch.zeros(1, C, 1, 1))
+    norm(C).eval()(torch.zeros(1, C, 1, 1))
     with pytest.raises(ValueError, match=r"'rleu'.*'relu'"):
-        SyncBatchNorm(C, act="rleu")
+        norm(C, act="rleu")
 
 
 # --- conversions
@@ -123,6 +130,13 @@ def test_bn_becomes_sync_bn_with_the_same_tensors():
     assert {id(t) for t in (*ours.parameters(), *ours.buffers())} == tensors
 
 
+def test_an_activation_is_converted_with_its_batch_norm():
+    norm = BatchNormAct(C, momentum=None, act="silu")
+    ours = SyncBatchNorm.convert_sync_batchnorm(norm)
+    assert (type(ours), ours.act, ours.momentum) == (SyncBatchNorm, "silu", None)
+    assert ours.weight is norm.weight
+
+
 def test_convert_leaves_layers_with_a_forward_of_their_own():
     class Other(nn.BatchNorm2d):
         def forward(self, x):
@@ -141,11 +155,12 @@ def test_mmengine_leaves_it_alone_in_a_single_process(act):
     torch.testing.assert_close(reverted(x), net(x), rtol=0, atol=0)
 
 
+@each
 @pytest.mark.parametrize("convert", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
-def test_converting_to_torchs_layer_drops_no_activation(convert):
+def test_converting_to_torchs_layer_drops_no_activation(convert, norm):
     with pytest.raises(ValueError, match=r"activation 'relu'"):
-        convert(model(SyncBatchNorm, act="relu"))
-    net = model(SyncBatchNorm)
+        convert(model(norm, act="relu"))
+    net = model(norm)
     x, want = torch.randn(2, 3, 8, 8), copy.deepcopy(net).state_dict()
     converted = convert(net)
     assert [type(m) for m in converted.modules()].count(nn.SyncBatchNorm) == 2

@@ -25,14 +25,15 @@ pytest.importorskip("mmaction.models")
 
 NORMS = {
     "GN": dict(type="GN", num_groups=4),
+    "BNAct": dict(type="BNAct"),
     "SyncBN": dict(type="SyncBN"),
     "CBN": dict(type="CBN", buffer_num=1, burnin=1),
     "EvoNormB0": dict(type="EvoNormB0"),
     "EvoNormS0": dict(type="EvoNormS0"),
     "FRN": dict(type="FRN", eps=1e-4),  # the last maps are single values, for which a smaller one is warned of
 }
-HAS_STATISTICS = {"SyncBN", "CBN", "EvoNormB0"}
-FOLDABLE = {"SyncBN", "CBN"}
+HAS_STATISTICS = {"BNAct", "SyncBN", "CBN", "EvoNormB0"}
+FOLDABLE = {"BNAct", "SyncBN", "CBN"}
 BACKBONES = {
     "2d": dict(type="mmdet.ResNet", base_channels=8, norm_eval=False),
     "3d": dict(type="mmaction.ResNet3d", base_channels=8, pretrained=None, conv1_kernel=(1, 7, 7), norm_eval=False),
@@ -258,6 +259,7 @@ def test_custom_imports_is_the_only_change_that_mmdets_configs_need(path):
 
 STOCK = {
     "GN": (dict(norm_cfg=dict(type=nn.GroupNorm, num_groups=4)), dict(norm_cfg=NORMS["GN"])),
+    "BNAct": (dict(norm_cfg=dict(type="BN")), dict(norm_cfg=NORMS["BNAct"])),
     "SyncBN": (dict(norm_cfg=dict(type=nn.SyncBatchNorm)), dict(norm_cfg=NORMS["SyncBN"])),
     "CBN": (dict(norm_cfg=dict(type="BN")), dict(norm_cfg=NORMS["CBN"])),
     "ConvWS": (

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.ops._common import acc_dtype
-from normplug.ops.batch_norm import batch_normalize
+from normplug.layers._checks import check_channels, check_has_statistics
+from normplug.ops._common import acc_dtype, check_act
+from normplug.ops.batch_norm import batch_norm_act, batch_normalize
 
-__all__ = ["ConversionGuard", "normalize_by_running", "update_running", "values_per_channel"]
+__all__ = ["ConversionGuard", "LocalBatchNorm", "normalize_by_running", "update_running", "values_per_channel"]
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -72,3 +74,70 @@ class ConversionGuard(nn.Module):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         self.__dict__["_qconfig"] = value
+
+
+class LocalBatchNorm(ConversionGuard):
+    """Batch norm by the statistics of this process, and what a batch norm with an activation has besides.
+
+    A layer lists _BatchNorm among its own bases and not through this class: mmengine's initializers look at the names
+    of the direct bases only.
+    """
+
+    _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
+    family = "batch"
+    op = "batch_norm"
+    batch_statistics = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+    ) -> None:
+        check_act(act)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
+        self.act = act
+
+    def lost_in_conversion(self) -> str:
+        return f"its activation {self.act!r}" if self.act else ""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        check_channels(self, x, self.num_features)
+        act = act or self.act
+        if not self.training and self.running_mean is not None:
+            return normalize_by_running(self, x, act, residual)
+        if self.training:
+            check_has_statistics(self, x, values_per_channel(x))
+        # With half parameters too, torch's CPU op keeps the statistics of a half input in half precision.
+        exact = x.is_cuda or x.element_size() >= 4
+        if act is None and residual is None and x.numel() and exact:
+            return self._stock(x)
+        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
+        count = values_per_channel(x)
+        if self.training and count:
+            with torch.no_grad():
+                update_running(self, mean, var * (count / (count - 1)))
+        return y
+
+    def _stock(self, x: Tensor) -> Tensor:
+        """Run torch's own batch norm on batch statistics: its numbers to the last bit."""
+        count = self.num_batches_tracked if self.training and self.track_running_stats else None
+        factor = 0.0 if self.momentum is None else self.momentum
+        if count is not None:
+            count.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(count)
+        mean, var = (self.running_mean, self.running_var) if count is not None else (None, None)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", act={self.act!r}" if self.act else "")

@@ -2,31 +2,19 @@
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.layers._batch_statistics import (
-    ConversionGuard,
-    normalize_by_running,
-    update_running,
-    values_per_channel,
-)
+from normplug.layers._batch_statistics import LocalBatchNorm, update_running, values_per_channel
 from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.ops._common import check_act, dense, for_backward
-from normplug.ops.batch_norm import (
-    batch_norm_act,
-    batch_norm_dx,
-    batch_norm_reduce,
-    batch_norm_stats,
-    batch_normalize,
-)
+from normplug.ops._common import dense, for_backward
+from normplug.ops.batch_norm import batch_norm_dx, batch_norm_reduce, batch_norm_stats, batch_normalize
 
 __all__ = ["SyncBatchNorm"]
 
 
-class SyncBatchNorm(ConversionGuard, _BatchNorm):
+class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
     """Batch normalization with statistics over all processes of a group, optionally followed by an activation.
 
     y = act(weight * (x - mean) / sqrt(var + eps) + bias): output, gradients and running statistics are those of
@@ -69,11 +57,7 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
         The American Statistician 1983.
     """
 
-    _abbr_ = "bn"  # the attribute's name in a backbone (bn1): part of every published checkpoint
     _name_ = "SyncBN"
-    family = "batch"
-    op = "batch_norm"
-    batch_statistics = True
 
     def __init__(
         self,
@@ -89,51 +73,19 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
-        check_act(act)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # not handed up: older torch does not know the argument
-            self.register_parameter("bias", None)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, act=act)
         self.process_group = process_group
-        self.act = act
-
-    def lost_in_conversion(self) -> str:
-        return f"its activation {self.act!r}" if self.act else ""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-        check_channels(self, x, self.num_features)
-        act = act or self.act
-        if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, act, residual)
         if self.training and self._world_size() > 1:
-            return self._synchronized(x, residual, act)
-        if self.training:
-            check_has_statistics(self, x, values_per_channel(x))
-        # With half parameters too, torch's CPU op keeps the statistics of a half input in half precision.
-        exact = x.is_cuda or x.element_size() >= 4
-        if act is None and residual is None and x.numel() and exact:
-            return self._stock(x)
-        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
-        count = values_per_channel(x)
-        if self.training and count:
-            with torch.no_grad():
-                update_running(self, mean, var * (count / (count - 1)))
-        return y
+            check_channels(self, x, self.num_features)
+            return self._synchronized(x, residual, act or self.act)
+        return super().forward(x, residual, act)
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size(self.process_group)
-
-    def _stock(self, x: Tensor) -> Tensor:
-        """Run torch's own batch norm on batch statistics: a lone process gets its numbers to the last bit."""
-        count = self.num_batches_tracked if self.training and self.track_running_stats else None
-        factor = 0.0 if self.momentum is None else self.momentum
-        if count is not None:
-            count.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(count)
-        mean, var = (self.running_mean, self.running_var) if count is not None else (None, None)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
     def _synchronized(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         x = dense(x)
@@ -155,11 +107,11 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-        """Replace every plain batch norm in module by this layer, with the same parameters and buffers.
+        """Replace every plain batch norm in module by this layer, with the same parameters, buffers and activation.
 
         Subclasses with a forward of their own (CBN and other layers) stay: they are no plain batch norms.
         """
-        plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward, LocalBatchNorm.forward)
         if isinstance(module, _BatchNorm) and type(module).forward in plain:
             new = cls(
                 module.num_features,
@@ -168,6 +120,7 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
                 module.affine,
                 module.track_running_stats,
                 process_group,
+                act=getattr(module, "act", None),
             )
             for name in ("weight", "bias"):
                 new.register_parameter(name, getattr(module, name))
@@ -179,9 +132,6 @@ class SyncBatchNorm(ConversionGuard, _BatchNorm):
             if converted is not child:
                 module.add_module(name, converted)
         return module
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", act={self.act!r}" if self.act else "")
 
 
 def _join(mean: Tensor, m2: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

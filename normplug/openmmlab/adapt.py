@@ -5,9 +5,10 @@ layer of ours is left alone. In the others, four assumptions of the toolkits are
 
 - *An activation follows the norm.* EvoNorm and FRN contain theirs. Where the toolkit applies one right behind such
   a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer gives up its own:
-  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays.
-- *Norm, sum and activation are three operations.* GN, SyncBN and CBN take the ReLU behind them, and the residual sum
-  before it, into their own pass over memory, wherever the input is on CUDA; see ``fuse_activations``.
+  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays;
+  among norms with ``act='silu'`` it becomes a SiLU too.
+- *Norm, sum and activation are three operations.* GN, BNAct, SyncBN and CBN take the ReLU or SiLU behind them, and the
+  residual sum before it, into their own pass over memory, wherever the input is on CUDA; see ``fuse_activations``.
 - *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
 - *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
 
@@ -38,6 +39,9 @@ __all__ = ["ActivationInNorm", "adapt", "fuse_activations", "install"]
 
 # Not mmengine: the classes that users write derive from its BaseModule too.
 TOOLKITS = frozenset(MODULE2PACKAGE) | {"mmcv"}
+# What the norms' ``act`` stands for, and those that a norm can take over: they have no arguments.
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+FUSED = {nn.ReLU: "relu", nn.SiLU: "silu"}
 # What a layer with an activation replaces. Gates (Sigmoid, Tanh, ...) mean something else, and stay.
 REPLACED = {"ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "SiLU", "Swish", "GELU", "Hardswish", "Mish"}
 
@@ -68,6 +72,8 @@ def adapt(model: nn.Module) -> nn.Module:
     for path, module in reversed(list(model.named_modules())):  # blocks look at what became of their parts
         if any(map(_activates, module.children())):
             _place_activations(module, path, model)
+        if isinstance(module, _residual_sums()):
+            _activate_sum_like_norms(module, path, model)
         if any(map(_can_activate, module.children())) or isinstance(module, _residual_blocks_3d()):
             _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
@@ -149,6 +155,26 @@ def _place_in_conv_module(module: nn.Module, path: str) -> None:
     module.activate = ActivationInNorm()
 
 
+def _activate_sum_like_norms(block: nn.Module, path: str, root: nn.Module) -> None:
+    """Let the activation behind a residual sum be the one that the norms inside have as ``act``."""
+    owner = _owner(path, root)
+    if not _is_toolkits(owner) or getattr(owner, "places_activations", False):
+        return
+    names = (getattr(norm, "act", None) for norm in block.modules() if _is_ours(norm))
+    cls = ACTIVATIONS.get(next(filter(None, names), None))
+    if cls is not None and type(block.relu) is not cls:
+        block.relu = cls()
+
+
+def _residual_sums() -> tuple[type, ...]:
+    """The classes with a ``relu`` for sums of what their norms put out."""
+    return (
+        *_imported("mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"),
+        *_imported("mmdet.models.backbones.hrnet", "HRModule"),
+        *_residual_blocks_3d(),
+    )
+
+
 def _activates(layer: nn.Module) -> bool:
     """Whether a layer of ours applies an activation: always like EvoNorm, or asked to like GN with act='relu'."""
     return _is_ours(layer) and (getattr(layer, "contains_activation", False) or getattr(layer, "act", None) is not None)
@@ -165,7 +191,7 @@ def _drop(norm: nn.Module) -> None:
 
 
 def fuse_activations(model: nn.Module, devices: Collection[str] = ("cuda",)) -> nn.Module:
-    """Say on which devices the norms of an adapted model do the sum and the ReLU behind them in their own pass.
+    """Say on which devices the norms of an adapted model do the sum and the activation behind them in their own pass.
 
     Results and state dicts are the same; what changes is how often memory is read and written. An adapted model
     does it on CUDA. An empty collection turns it off, ("cuda", "cpu") also does it on a CPU.
@@ -186,10 +212,10 @@ def fuse_activations(model: nn.Module, devices: Collection[str] = ("cuda",)) -> 
 def _let_norms_activate(module: nn.Module, path: str, root: nn.Module) -> None:
     if not _is_toolkits(_owner(path, root)):
         return
-    if type(module) is nn.Sequential and any(map(_is_relu, module)):
+    if type(module) is nn.Sequential and any(map(_can_be_fused, module)):
         _derive(module, FusesInSequence)
     elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
-        if _is_relu(getattr(module, "activate", None)) and tuple(module.order) == ("conv", "norm", "act"):
+        if _can_be_fused(getattr(module, "activate", None)) and tuple(module.order) == ("conv", "norm", "act"):
             _derive(module, FusesInConvModule)
     elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
         _derive(module, ActivatesInNorms)
@@ -211,8 +237,8 @@ def _can_activate(layer: nn.Module | None) -> bool:
     return layer is not None and _is_ours(layer) and getattr(layer, "act", "none") is None
 
 
-def _is_relu(layer: nn.Module | None) -> bool:
-    return type(layer) is nn.ReLU
+def _can_be_fused(activation: nn.Module | None) -> bool:
+    return type(activation) in FUSED
 
 
 class Fuses:
@@ -223,12 +249,12 @@ class Fuses:
 
     fuses_on: frozenset[str] = frozenset({"cuda"})
 
-    def _activated(self, norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return relu(norm(x) + residual), in one pass where that is possible."""
-        if x.device.type in self.fuses_on and _can_activate(norm) and _is_relu(relu):
-            return norm(x, residual=residual, act="relu")
+    def _activated(self, norm: nn.Module, act: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return act(norm(x) + residual), in one pass where that is possible."""
+        if x.device.type in self.fuses_on and _can_activate(norm) and _can_be_fused(act):
+            return norm(x, residual=residual, act=FUSED[type(act)])
         y = norm(x)
-        return relu(y if residual is None else y + residual)
+        return act(y if residual is None else y + residual)
 
 
 class FusesInSequence(Fuses):
@@ -236,7 +262,7 @@ class FusesInSequence(Fuses):
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if layers and _can_activate(layer) and _is_relu(layers[0]):
+            if layers and _can_activate(layer) and _can_be_fused(layers[0]):
                 x = self._activated(layer, layers.pop(0), x)
             else:
                 x = layer(x)

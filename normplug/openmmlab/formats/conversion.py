@@ -282,6 +282,11 @@ def _numbers(values: Iterable[float]) -> str:
 def _merge_bn(source: Source, target: _Target, result: Conversion, bn: str) -> None:
     """Freeze or fold norms with running statistics, and give statistics to those that are affine already."""
     norms = [name.removesuffix(".weight") for name in source.weights if name.endswith(".norm.weight")]
+    if bn == "fold" and source.format.preactivation:
+        raise ValueError(
+            f"Norms of the format {source.format.name} stand in front of activation and convolution, and fold into "
+            f"neither. Leave --fold-bn out; --freeze-bn works."
+        )
     merged = [norm for norm in norms if source.kind(norm) == "affine" or (source.kind(norm) == "BN" and bn != "keep")]
     for norm in merged:
         layer, conv = target.layer(norm), norm.removesuffix(".norm")

@@ -271,6 +271,10 @@ def _bit_npz(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 _BIT_TIMM = ((r"^stem\.", ""), (r"^conv\.", "conv1."), (r"^stages\.(\d)\.blocks", lambda m: f"layer{int(m[1]) + 1}"))
+_RESNET_V2_TIMM = (  # conv1, norm1, conv2, ... of the stem are a sequence with activations between them
+    (r"^stem\.(conv|norm)(\d)", lambda m: f"stem.{3 * int(m[2]) - (3 if m[1] == 'conv' else 2)}"),
+    *_BIT_TIMM[2:],
+)
 
 
 # ---- the formats
@@ -342,6 +346,15 @@ FORMATS = {
             IMAGES["bit"],
             ((r"head\..*", _CLASSIFIER),),
             ws=Standardization(1e-8, 0, True),
+            preactivation=True,
+        ),
+        Format(
+            "resnetv2-timm",
+            "timm's resnetv2_*d, with the deep stem",
+            _has(r"stem\.conv1\.weight", r"stages\.0\.blocks\.0\.norm1\.weight"),
+            _by_torch_names("backbone.", *_RESNET_V2_TIMM),
+            IMAGES["bit"],
+            ((r"head\..*", _CLASSIFIER),),
             preactivation=True,
         ),
         Format(

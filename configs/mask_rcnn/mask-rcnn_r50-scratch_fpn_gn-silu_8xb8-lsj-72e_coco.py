@@ -1,0 +1,12 @@
+# GN everywhere, with SiLU in the place of every ReLU behind a norm or a residual sum, from scratch, large scale jitter.
+# Published: the EvoNorm paper has a value that we could not recover.
+# Recipe: The paper's recipe has not been compared with the paper. Layers without a norm (RPN, fully connected ones, the
+# mask head's transposed convolution) keep ReLU.
+# Cost: 8 GPUs x 8 images, 73 epochs.
+_base_ = "./mask-rcnn_r50-scratch_fpn_gn-relu_8xb8-lsj-72e_coco.py"
+norm_cfg = dict(act="silu")
+model = dict(
+    backbone=dict(norm_cfg=norm_cfg),
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)),
+)
