@@ -1,13 +1,16 @@
-"""What pyproject.toml cannot say: extras that leave an installed full mmcv alone.
+"""What pyproject.toml cannot say: extras that leave an installed full mmcv alone, and the configs in the wheel.
 
 mmcv and mmcv-lite are two packages that write into one folder, `mmcv/`, and pip does not know it: installing the
 one over the other breaks both. So the extra `openmmlab` brings mmcv-lite only where there is no full mmcv.
 """
 
+import shutil
 import sysconfig
 from importlib.metadata import distributions
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 TOOLKITS = [
     "mmdet==3.3.0",
@@ -23,11 +26,27 @@ TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second orac
 site = sysconfig.get_path("purelib")
 has_full_mmcv = any((d.metadata["Name"] or "").lower() == "mmcv" for d in distributions(path=[site]))
 
+
+class WithConfigs(build_py):
+    """Puts configs, tools and their index into a wheel where OpenMIM looks for them: normplug/.mim."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        root, target = Path(__file__).resolve().parent, Path(self.build_lib, "normplug", ".mim")
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+        for folder in ("configs", "tools"):
+            shutil.copytree(root / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(root / "model-index.yml", target)
+
+
 setup(
+    cmdclass={"build_py": WithConfigs},
     extras_require={
         "openmmlab": TOOLKITS if has_full_mmcv else ["mmcv-lite==2.1.0", *TOOLKITS],
         "toolkits": TOOLKITS,  # for installers that build elsewhere (uv): never brings an mmcv
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "pre-commit"],
-    }
+    },
 )
