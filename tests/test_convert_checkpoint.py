@@ -880,8 +880,9 @@ def test_resnet_v2_freezes_stages(kwargs, stem):
     assert net.layer2.training
 
 
-def test_resnet_v2_takes_norms_that_contain_their_activation():
-    cfg = dict(type="ResNetV2", depth=50, base_channels=32, norm_cfg=dict(type="EvoNormS0"), out_indices=(1, 3))
+@pytest.mark.parametrize("norm_cfg", [dict(type="EvoNormS0"), dict(type="GN", num_groups=32, act="silu")], ids=str)
+def test_resnet_v2_takes_norms_that_contain_their_activation(norm_cfg):
+    cfg = dict(type="ResNetV2", depth=50, base_channels=32, norm_cfg=norm_cfg, out_indices=(1, 3))
     net = MODELS.build(cfg).eval()
     assert not any(isinstance(m, nn.ReLU) for m in net.modules())
     assert [tuple(y.shape) for y in net(X.float())] == [(1, 256, 8, 8), (1, 1024, 2, 2)]

@@ -31,7 +31,8 @@ def _with_activation(norm: nn.Module) -> list[nn.Module]:
 
 
 def _activation_behind(norm: nn.Module) -> nn.Module:
-    return nn.Identity() if getattr(norm, "contains_activation", False) else nn.ReLU()
+    contained = getattr(norm, "contains_activation", False) or getattr(norm, "act", None) is not None
+    return nn.Identity() if contained else nn.ReLU()
 
 
 class _Block(nn.Module):
