@@ -22,6 +22,9 @@ TOOLKITS = [
     "tensorboard",
 ]
 TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
+# Tools for a training and its result; the others are for this repository.
+TOOLS = ["train.py", "test.py", "_dist.sh", "dist_train.sh", "dist_test.sh", "slurm_train.sh", "quickstart.py"]
+TOOLS += ["make_digits.py", "small_batch_study.py", "compare_checkpoints.py", "convert_checkpoint.py"]
 # With build isolation sys.path does not show the environment that is installed into; its folder is known all the same.
 site = sysconfig.get_path("purelib")
 has_full_mmcv = any((d.metadata["Name"] or "").lower() == "mmcv" for d in distributions(path=[site]))
@@ -36,9 +39,10 @@ class WithConfigs(build_py):
             return
         root, target = Path(__file__).resolve().parent, Path(self.build_lib, "normplug", ".mim")
         shutil.rmtree(target, ignore_errors=True)  # of an earlier build
-        for folder in ("configs", "tools"):
-            shutil.copytree(root / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(root / "model-index.yml", target)
+        configs = (f.relative_to(root) for ending in ("py", "yml") for f in root.glob(f"configs/**/*.{ending}"))
+        for file in [*configs, *(Path("tools", name) for name in TOOLS), Path("model-index.yml")]:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / file, target / file)
 
 
 setup(

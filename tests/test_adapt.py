@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, Registry
 from torch import nn
 
-import normplug  # noqa: F401
+import normplug
 from normplug.layers.weight_standardization import WSConv2d, standardize_together
 from normplug.openmmlab.adapt import ActivationInNorm, adapt, install
 
@@ -30,6 +30,22 @@ HRNET = {
     )
     for i in (1, 2, 3, 4)
 }
+
+
+class GNReLU(normplug.layers.GroupNorm):
+    """A layer that contains its activation, and whose network can be written with stock layers."""
+
+    contains_activation = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, act="relu")
+
+    def drop_activation(self):
+        self.act, self.contains_activation = None, False
+
+
+MODELS.register_module(module=GNReLU)
+GN_RELU = GN | dict(type="GNReLU")
 REGNET = dict(w0=16, wa=24.48, wm=2.0, group_w=8, depth=5, bot_mul=1.0)
 IMAGE, CLIP = (2, 3, 32, 32), (2, 3, 4, 32, 32)
 PYRAMID = [(2, 16, 16 // 2**i, 16 // 2**i) for i in range(4)]
@@ -54,6 +70,20 @@ BACKBONES = {
     "x50": (dict(type="mmdet.ResNeXt", depth=50, groups=2, base_width=4, **TWO_STAGES), IMAGE),
     "regnet": (dict(type="mmdet.RegNet", arch=REGNET), IMAGE),
     "hrnet": (dict(type="mmdet.HRNet", extra=HRNET), IMAGE),
+    "hourglass": (
+        dict(
+            type="mmdet.HourglassNet",
+            downsample_times=2,
+            num_stacks=2,
+            stage_channels=[16, 16, 16],
+            stage_blocks=[1, 1, 1],
+            feat_channel=16,
+        ),
+        IMAGE,
+    ),
+    "action-r18": (dict(type="mmaction.ResNet", depth=18, pretrained=None), IMAGE),
+    "tsm": (dict(type="mmaction.ResNetTSM", depth=50, num_segments=2, pretrained=None), (2, 3, 64, 64)),
+    "x3d": (dict(type="mmaction.X3D", gamma_w=1, gamma_b=1, gamma_d=1), CLIP),
     "fpn": (dict(type="mmdet.FPN", in_channels=[16] * 4, out_channels=16, num_outs=5), PYRAMID),
     "3d-r18": (dict(type="mmaction.ResNet3d", depth=18, **VIDEO), CLIP),
     "3d-r50": (dict(type="mmaction.ResNet3d", depth=50, with_cp=True, **VIDEO), CLIP),
@@ -110,7 +140,7 @@ def test_contained_activation_leaves_the_network_what_it_was(name):
     """GN that contains its ReLU must be the network of GN and ReLU: exactly one ReLU where the stock model has one."""
     cfg, shape = BACKBONES[name]
     stock = shake(MODELS.build(cfg | dict(norm_cfg=GN)))
-    ours = MODELS.build(cfg | dict(norm_cfg=GN | dict(act="relu")))
+    ours = MODELS.build(cfg | dict(norm_cfg=GN_RELU))
     ours.load_state_dict(stock.state_dict(), strict=True)
     x = inputs(shape)
     for got, want in zip(run(ours, x), run(stock, x), strict=True):
@@ -126,8 +156,10 @@ def test_the_activation_of_the_norms_takes_the_place_of_every_relu_behind_them_a
     ours = MODELS.build(cfg | dict(norm_cfg=GN | dict(act=act)))
     ours.load_state_dict(stock.state_dict(), strict=True)
     for path, relu in list(stock.named_modules()):
-        # what stands behind fully connected layers and transposed convolutions, and behind the plugin's own norm
-        other = (path == "relu" and name in ("box-head", "mask-head")) or "context_block" in path
+        # What stands behind fully connected layers and convolutions without a norm, and behind norms that are not ours:
+        # the plugin's, and those of the hourglass modules, to which mmdet does not hand norm_cfg on.
+        other = path == "relu" and name in ("box-head", "mask-head")
+        other = other or any(part in path for part in ("se_module", "context_block", "hourglass_modules"))
         if type(relu) is nn.ReLU and not other:
             own = {"silu": nn.SiLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}[act]()
             stock.get_submodule(path.rpartition(".")[0]).register_module(path.rpartition(".")[2], own)
@@ -138,9 +170,87 @@ def test_the_activation_of_the_norms_takes_the_place_of_every_relu_behind_them_a
     assert repr(adapt(ours)) == text
 
 
+SILU = GN | dict(act="silu")
+
+
+def test_an_act_is_the_activation_behind_the_norm_and_no_longer_in_it():
+    module = MODELS.build(conv_module(norm_cfg=SILU))
+    assert type(module.activate) is nn.SiLU
+    assert module.norm.act is None
+    assert MODELS.build(conv_module(norm_cfg=SILU, act_cfg=None)).norm.act is None
+    gate = MODELS.build(conv_module(norm_cfg=SILU, act_cfg=dict(type="Sigmoid")))
+    assert isinstance(gate.activate, nn.Sigmoid)
+    assert gate.norm.act is None
+    relu = MODELS.build(conv_module(norm_cfg=GN | dict(act="relu"), act_cfg=dict(type="LeakyReLU")))
+    assert type(relu.activate) is nn.ReLU
+
+
+def test_blocks_that_are_called_by_another_name_activate_once():
+    """DetectoRS calls the layers of mmdet's blocks itself, once more."""
+    cfg = dict(type="mmdet.DetectoRS_ResNet", depth=50, output_img=True, rfp_inplanes=16, deep_stem=True, **TWO_STAGES)
+    stock = shake(MODELS.build(cfg | dict(norm_cfg=GN)))
+    ours = MODELS.build(cfg | dict(norm_cfg=SILU))
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    for path, relu in list(stock.named_modules()):
+        if type(relu) is nn.ReLU:
+            setattr(stock.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], nn.SiLU())
+    x, rfp = torch.randn(2, 3, 32, 32), [torch.randn(2, 16, 8, 8), torch.randn(2, 16, 4, 4)]
+    with torch.no_grad():
+        for got, want in zip(ours.rfp_forward(x, rfp), stock.rfp_forward(x, rfp), strict=True):
+            torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match=r"GNReLU contains its activation.*detectors_resnet"):
+        MODELS.build(cfg | dict(norm_cfg=GN_RELU))
+
+
+def test_other_norms_of_a_block_do_not_choose_for_it():
+    from mmcv.cnn import ConvModule
+    from mmdet.models.backbones.resnet import BasicBlock
+
+    block = BasicBlock(8, 8, norm_cfg=GN)
+    block.attention = ConvModule(8, 8, 1, norm_cfg=SILU)
+    adapt(block)
+    assert type(block.relu) is nn.ReLU
+    assert type(block.attention.activate) is nn.SiLU
+
+
+def test_users_subclasses_keep_what_is_no_relu():
+    from mmaction.models.backbones.resnet3d import BasicBlock3d
+    from mmdet.models.backbones.resnet import BasicBlock
+
+    class Gate(BasicBlock3d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.relu = nn.Hardsigmoid()
+
+    class Mine(BasicBlock):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            del self.relu
+
+    assert type(adapt(Gate(8, 8, norm_cfg=SILU)).relu) is nn.Hardsigmoid
+    with pytest.raises(ValueError, match=r"GroupNorm has act='silu'.*Mine.*places_activations"):
+        adapt(Mine(8, 8, norm_cfg=SILU))
+    Mine.places_activations = True
+    assert adapt(Mine(8, 8, norm_cfg=SILU)).norm1.act == "silu"
+
+
+def test_any_backbone_that_has_its_relu_beside_the_norms_takes_an_act():
+    cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="silu"))
+    model = MODELS.build(cfg)
+    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
+    assert not any(getattr(m, "act", None) for m in model.modules())
+
+
+def test_an_act_in_a_class_of_unknown_forward_is_refused():
+    from mmdet.models.layers import SimplifiedBasicBlock
+
+    with pytest.raises(ValueError, match=r"act='silu'.*SimplifiedBasicBlock.*Leave act out"):
+        adapt(SimplifiedBasicBlock(8, 8, norm_cfg=SILU))
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_checkpointed_blocks_still_run_their_branch_again_in_backward(depth):
-    cfg = dict(type="mmdet.ResNet", depth=depth, base_channels=8, with_cp=True, norm_cfg=GN | dict(act="relu"))
+    cfg = dict(type="mmdet.ResNet", depth=depth, base_channels=8, with_cp=True, norm_cfg=GN_RELU)
     model, calls = MODELS.build(cfg), []
     model.layer2[0].conv2.register_forward_hook(lambda *_: calls.append(1))
     run(model, inputs(IMAGE))
@@ -213,7 +323,7 @@ def test_resnet_has_the_names_of_the_stock_resnet(norm):
 @pytest.mark.parametrize("name", ["r50", "3d-r18", "box-head", "fpn"])
 def test_adapting_again_changes_nothing_and_copies_are_adapted(name):
     cfg, shape = BACKBONES[name]
-    model = evaluating(shake(MODELS.build(cfg | dict(norm_cfg=GN | dict(act="relu")))))
+    model = evaluating(shake(MODELS.build(cfg | dict(norm_cfg=GN_RELU))))
     x, text = inputs(shape), repr(model)
     want = flat(model(x))
     assert adapt(nn.Sequential(model))[0] is model
@@ -237,9 +347,9 @@ def test_models_without_our_layers_are_not_touched():
 
 
 def test_a_class_of_unknown_forward_is_refused_by_name():
-    cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="relu"))
+    cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GNReLU", num_groups=1))
     with pytest.raises(
-        ValueError, match=r"GroupNorm contains its activation.*layer\d\.\d.*Bottle2neck.*places_activations"
+        ValueError, match=r"GNReLU contains its activation.*layer\d\.\d.*Bottle2neck.*places_activations"
     ):
         MODELS.build(cfg)
 
@@ -249,7 +359,7 @@ def test_a_class_may_place_activations_itself(monkeypatch):
 
     monkeypatch.setattr(Bottle2neck, "places_activations", True, raising=False)
     model = MODELS.build(
-        dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GN", num_groups=1, act="relu"))
+        dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GNReLU", num_groups=1))
     )
     assert model.layer1[0].norm1.act == "relu"
     assert model.layer1[0].downsample[-1].act == "relu"
@@ -268,9 +378,7 @@ def test_a_users_own_class_is_left_as_it_is():
 
 
 def conv_module(**kwargs):
-    return (
-        dict(type="ConvModule", in_channels=8, out_channels=8, kernel_size=1, norm_cfg=GN | dict(act="relu")) | kwargs
-    )
+    return dict(type="ConvModule", in_channels=8, out_channels=8, kernel_size=1, norm_cfg=GN_RELU) | kwargs
 
 
 def test_conv_module_shows_who_activates():

@@ -97,6 +97,33 @@ def test_batch_norms_of_other_kinds_compute_the_same(name, kind):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["SyncBN", "FrozenBatchNorm", "BN"])
+@pytest.mark.parametrize("name", ["resnet", "bottleneck"])
+def test_an_activation_that_the_norms_chose_stays(name, kind):
+    model = build(name, dict(type="BNAct", act="silu"))
+    data = images(name, 2, 32)
+    model.train()
+    estimate_statistics(model, data)
+    want = output(model, data[0])
+    convert_norm(model, "BNAct", kind, data)
+    torch.testing.assert_close(output(model, data[0]), want)
+
+
+def test_an_activation_inside_a_norm_is_inherited_or_refused():
+    norm = normplug.layers.BatchNormAct(6, act="silu")
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm).eval()
+    x = torch.randn(1, 3, 12, 12)
+    model.train()
+    estimate_statistics(model, [x])
+    want = output(model, x)
+    with pytest.raises(ValueError, match=r"'silu' itself, and BatchNorm2d has none"):
+        convert_norm(model, "BNAct", "BN")
+    convert_norm(model, "BNAct", "GN", [x], channels_per_group=1)  # one sample: the same function
+    assert model[1].act == "silu"
+    torch.testing.assert_close(output(model, x), want, rtol=1e-4, atol=1e-4)
+
+
 def test_identical_statistics_match_exactly():
     """A group per channel and one sample, whose own statistics are the running ones: the same function."""
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))

@@ -233,6 +233,28 @@ def test_resnet_v2_d_of_timm(run, name, norm_cfg):
     }
     if name == "resnetv2_50d":
         run(state_of(source), cfg, "--fold-bn", fails="in front of activation and convolution")
+        frozen, _ = run(state_of(source), cfg, "--freeze-bn")
+        assert_same(loaded_backbone(cfg, frozen)(odd)[3:], [source.forward_features(odd)])
+        whole = {f"backbone.{key}": value for key, value in state.items()}
+        run(whole, cfg, "--part", "backbone", "--fold-bn", fails="in front of activation and convolution")
+
+
+def test_another_shortcut_is_refused(run):
+    """The weights of a convolution with stride and of one behind a pooling have the same shape."""
+    d, bit = (state_of(timm.create_model(name)) for name in ("resnetv2_50d_gn", "resnetv2_50x1_bit"))
+    gn = dict(norm_cfg=dict(type="GN", num_groups=32))
+    cfg = detector_cfg(backbone=RESNET_V2_D | dict(avg_down=False) | gn, depth=50)
+    run(d, cfg, fails="source's network pool by averages.*Set avg_down=True")
+    cfg = detector_cfg(backbone=dict(type="ResNetV2", depth=50, avg_down=True), depth=50)
+    run(bit, cfg, fails="source's network convolve with a stride.*Set avg_down=False")
+    v1d = state_of(resnet(nn.BatchNorm2d, stem_width=32, stem_type="deep", avg_down=True))
+    run(v1d, detector_cfg(deep_stem=True, norm_cfg=dict(type="BN")), fails="ResNet convolve.*Set avg_down=True")
+
+
+def test_another_activation_is_told(run):
+    source = state_of(resnet())
+    _, printed = run(source, detector_cfg(norm_cfg=dict(type="GN", num_groups=32, act="silu")))
+    assert "the model has SiLU, and the source's networks have ReLU" in printed
 
 
 def test_bit_npz(run, tmp_path):

@@ -24,6 +24,8 @@ def packages(tmp_path_factory):
         ".git", "__pycache__", "*.egg-info", ".*_cache", "build", "dist", "data", "work_dirs"
     )
     shutil.copytree(ROOT, tree, ignore=ignored)
+    (tree / "configs" / "digits" / "epoch_3.pth").touch()  # what lies about is not shipped
+    (tree / "tools" / ".train.py.swp").touch()
     _build("sdist", tree, tmp)
     (archive,) = tmp.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -50,8 +52,11 @@ def files(root, pattern="*"):
 def test_wheel_has_the_code_the_configs_and_the_tools(packages):
     source, installed = packages
     assert files(installed / "normplug", "*.py") >= files(ROOT / "normplug", "*.py")
-    for folder in ("configs", "tools"):
-        assert files(source / folder) == files(installed / IN_WHEEL / folder) == files(ROOT / folder)
+    configs = files(ROOT / "configs", "*.py") | files(ROOT / "configs", "*.yml")
+    assert files(source / "configs") == files(installed / IN_WHEEL / "configs") == configs
+    assert files(source / "tools") == files(ROOT / "tools", "*.py") | files(ROOT / "tools", "*.sh")
+    tools = files(installed / IN_WHEEL / "tools")
+    assert {"train.py", "test.py", "dist_train.sh", "_dist.sh"} <= tools <= files(source / "tools")
     assert {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")} == {"normplug"}
 
 
@@ -61,5 +66,8 @@ def test_mim_finds_every_config_through_the_index(packages):
     for metafile in yaml.safe_load((root / "model-index.yml").read_text())["Import"]:
         for model in yaml.safe_load((root / metafile).read_text())["Models"]:
             assert (root / model["Config"]).is_file()
+    for tool in ("train.py", "quickstart.py", "convert_checkpoint.py", "compare_checkpoints.py"):
+        done = subprocess.run([sys.executable, root / "tools" / tool, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     cfg = Config.fromfile(root / "configs/digits/mask-rcnn_r18_fpn_gn_digits.py")
     assert cfg.model.backbone.norm_cfg.type == "GN"

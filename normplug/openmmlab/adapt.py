@@ -1,12 +1,13 @@
 """The one place that makes the toolkits' stock models right for our layers, without a change to their code.
 
 Every model that a ``MODELS`` registry builds passes through ``adapt`` once ``install`` has run. A model without a
-layer of ours is left alone. In the others, four assumptions of the toolkits are corrected:
+layer of ours is left alone. In the others, five assumptions of the toolkits are corrected:
 
 - *An activation follows the norm.* EvoNorm and FRN contain theirs. Where the toolkit applies one right behind such
   a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer gives up its own:
-  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays;
-  among norms with ``act='silu'`` it becomes a SiLU too.
+  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays.
+- *The class decides which activation it is.* A norm with ``act='silu'`` does: what stands behind it becomes a SiLU, and
+  so does a backbone's ReLU between such norms and behind their sums. Where nothing stands, nothing is added.
 - *Norm, sum and activation are three operations.* GN, BNAct, SyncBN and CBN take the ReLU or SiLU behind them, and the
   residual sum before it, into their own pass over memory, wherever the input is on CUDA; see ``fuse_activations``.
 - *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
@@ -64,16 +65,15 @@ def adapt(model: nn.Module) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: If a layer that contains its activation sits in a toolkit's class of which we do not know where
-            it applies activations.
+        ValueError: If a layer that contains its activation, or has an ``act``, sits in a toolkit's class of which we do
+            not know where it applies activations.
     """
     if not any(map(_is_ours, model.modules())):
         return model
+    _choose_activations(model)
     for path, module in reversed(list(model.named_modules())):  # blocks look at what became of their parts
         if any(map(_activates, module.children())):
             _place_activations(module, path, model)
-        if isinstance(module, _residual_sums()):
-            _activate_sum_like_norms(module, path, model)
         if any(map(_can_activate, module.children())) or isinstance(module, _residual_blocks_3d()):
             _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
@@ -102,14 +102,19 @@ def install() -> None:
 def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
     """Let every norm among ``module``'s children do an activation that follows it, or drop its own."""
     owner = _owner(path, root)
-    if not _is_toolkits(owner) or getattr(owner, "places_activations", False):
+    if not _is_toolkits(owner) or _places(owner):
         return
     if isinstance(module, nn.Sequential):
         _place_in_sequence(module)
     elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
         _place_in_conv_module(module, path)
-    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
-        _drop(module.norm3 if hasattr(module, "conv3") else module.norm2)  # the sum follows it, then the ReLU
+    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck") and not hasattr(
+        module,
+        "rfp_forward",  # DetectoRS: the same block once more
+    ):
+        last = module.norm3 if hasattr(module, "conv3") else module.norm2
+        if _activates(last):
+            last.drop_activation()  # the sum follows it, then the ReLU
         _derive(module, ActivatesInNorms)
     elif (
         _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet")
@@ -118,14 +123,21 @@ def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
     ):
         module.relu = ActivationInNorm()  # used in the stem only, behind the norms
     else:
-        cls, kind = type(owner), next(type(norm).__name__ for norm in module.children() if _activates(norm))
+        kind = next(type(norm).__name__ for norm in module.children() if _activates(norm))
         raise ValueError(
-            f"{kind} contains its activation, but sits directly in {path or 'the model'}, a {cls.__module__}."
-            f"{cls.__qualname__}: normplug does not know where the forward of that class applies activations, and "
-            f"two in a row would be a different network. Known are ConvModule, Sequential and mmdet's ResNet, "
-            f"ResNeXt, RegNet and HRNet. Use one of these, use a norm without activation (GN, SyncBN, CBN) here, or, "
-            f"if the class applies none behind {kind}, set {cls.__name__}.places_activations = True."
+            f"{kind} contains its activation, but {_unknown(path, owner)}, and two in a row would be a different "
+            f"network. Known are ConvModule, Sequential and mmdet's ResNet, ResNeXt, RegNet and HRNet. Use one of "
+            f"these, use a norm without activation (GN, SyncBN, CBN) here, or, if the class applies none behind "
+            f"{kind}, set {type(owner).__name__}.places_activations = True."
         )
+
+
+def _unknown(path: str, owner: nn.Module) -> str:
+    cls = type(owner)
+    return (
+        f"sits directly in {path or 'the model'}, a {cls.__module__}.{cls.__qualname__}: normplug does not know where "
+        f"the forward of that class applies activations"
+    )
 
 
 def _place_in_sequence(sequence: nn.Sequential) -> None:
@@ -136,7 +148,7 @@ def _place_in_sequence(sequence: nn.Sequential) -> None:
         if type(layers[i + 1]).__name__ in REPLACED:
             sequence[i + 1] = ActivationInNorm()  # an index more or less would rename all that follows
         else:
-            _drop(norm)
+            norm.drop_activation()
 
 
 def _place_in_conv_module(module: nn.Module, path: str) -> None:
@@ -144,7 +156,7 @@ def _place_in_conv_module(module: nn.Module, path: str) -> None:
     if isinstance(activation, ActivationInNorm):
         return
     if type(activation).__name__ not in REPLACED:
-        _drop(module.norm)
+        module.norm.drop_activation()
         return
     if module.order.index("act") != module.order.index("norm") + 1:
         raise ValueError(
@@ -155,36 +167,75 @@ def _place_in_conv_module(module: nn.Module, path: str) -> None:
     module.activate = ActivationInNorm()
 
 
-def _activate_sum_like_norms(block: nn.Module, path: str, root: nn.Module) -> None:
-    """Let the activation behind a residual sum be the one that the norms inside have as ``act``."""
-    owner = _owner(path, root)
-    if not _is_toolkits(owner) or getattr(owner, "places_activations", False):
-        return
-    names = (getattr(norm, "act", None) for norm in block.modules() if _is_ours(norm))
-    cls = ACTIVATIONS.get(next(filter(None, names), None))
-    if cls is not None and type(block.relu) is not cls:
-        block.relu = cls()
+def _activates(layer: nn.Module) -> bool:
+    return _is_ours(layer) and getattr(layer, "contains_activation", False)
 
 
-def _residual_sums() -> tuple[type, ...]:
-    """The classes with a ``relu`` for sums of what their norms put out."""
+# --- norms that choose the activation behind them
+
+
+def _choose_activations(model: nn.Module) -> None:
+    """Move the ``act`` of norms in toolkits' classes to where these have activations, and away from the norms."""
+    for module in model.modules():  # with all norms still as they were
+        act = _act_of_norms(module) if _is_backbones(module) else None
+        for name, relu in list(module.named_children()) if act else ():
+            if type(relu) is nn.ReLU:
+                setattr(module, name, _activation(act, relu))
+    for path, module in model.named_modules():
+        owner = _owner(path, model)
+        norms = [norm for norm in module.children() if _chooses(norm)]
+        if not norms or not _is_toolkits(owner) or _places(owner):
+            continue
+        if isinstance(module, nn.Sequential):
+            layers = [*module, None]
+            for i, norm in enumerate(layers):
+                if norm in norms and type(layers[i + 1]).__name__ in REPLACED:
+                    module[i + 1] = _activation(norm.act, layers[i + 1])
+        elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
+            if type(getattr(module, "activate", None)).__name__ in REPLACED:
+                module.activate = _activation(module.norm.act, module.activate)
+        elif not (_is_backbones(owner) and any(type(m) is ACTIVATIONS[norms[0].act] for m in owner.children())):
+            raise ValueError(
+                f"{type(norms[0]).__name__} has act={norms[0].act!r}, but {_unknown(path, owner)}. Known are "
+                f"ConvModule, Sequential, and backbones that have an nn.ReLU beside their norms. Leave act out, or, if "
+                f"nothing stands behind the norms of {type(owner).__name__}, set {type(owner).__name__}."
+                f"places_activations = True: they activate by themselves then."
+            )
+        for norm in norms:
+            norm.act = None
+
+
+def _act_of_norms(module: nn.Module) -> str | None:
+    """Return the ``act`` of a module's own norms, or, without any, of those in its sequences and ConvModules."""
+    norms = [layer for layer in module.children() if hasattr(layer, "act") and _is_ours(layer)]
+    if norms:
+        return norms[0].act
+    parts = (nn.Sequential, nn.ModuleList, *_imported("mmcv.cnn.bricks.conv_module", "ConvModule"))
+    acts = (_act_of_norms(child) for child in module.children() if isinstance(child, parts))
+    return next(filter(None, acts), None)
+
+
+def _activation(act: str, like: nn.Module) -> nn.Module:
+    cls = ACTIVATIONS[act]
+    return like if type(like) is cls else cls()  # not in place: their gradients need what they met
+
+
+def _chooses(layer: nn.Module) -> bool:
+    """Whether a layer of ours was given an activation, like GN with act='silu'."""
+    return _is_ours(layer) and not _activates(layer) and getattr(layer, "act", None) is not None
+
+
+def _is_backbones(module: nn.Module) -> bool:
+    """Whether this is a toolkit's backbone, or a block of one."""
     return (
-        *_imported("mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"),
-        *_imported("mmdet.models.backbones.hrnet", "HRModule"),
-        *_residual_blocks_3d(),
+        any(".models.backbones." in cls.__module__ for cls in type(module).__mro__)
+        and _is_toolkits(module)
+        and not _places(module)
     )
 
 
-def _activates(layer: nn.Module) -> bool:
-    """Whether a layer of ours applies an activation: always like EvoNorm, or asked to like GN with act='relu'."""
-    return _is_ours(layer) and (getattr(layer, "contains_activation", False) or getattr(layer, "act", None) is not None)
-
-
-def _drop(norm: nn.Module) -> None:
-    if getattr(norm, "contains_activation", False):
-        norm.drop_activation()
-    elif _activates(norm):
-        norm.act = None
+def _places(owner: nn.Module) -> bool:
+    return getattr(owner, "places_activations", False)
 
 
 # --- norms that take an activation over

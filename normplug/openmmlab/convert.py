@@ -1,6 +1,7 @@
 """A trained model with another norm than it was trained with, calibrated to start close to what it was."""
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -48,15 +49,18 @@ def convert_norm(
             batches will do; each layer costs a pass up to it. None leaves the new norms uncalibrated.
         run: Called with model and batch; runs the forward pass. Default: ``model.test_step(batch)`` for models of
             mmengine, which prepares the batch as in evaluation, else ``model(batch)``.
-        **norm_cfg: Arguments of the new norm, such as ``num_groups``; eps is the old norm's unless given.
+        **norm_cfg: Arguments of the new norm, such as ``num_groups``; eps, and the ``act`` of a norm that activates by
+            itself, are the old norm's unless given. In a toolkit's model an ``act`` given here changes the activations
+            too: the model then starts as another one.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: If the model has no norm of that kind; the new one does not take a layer's number of channels,
-            needs running statistics that the old one has not, or contains its activation where the class around is
-            no toolkit's; or data is an iterator, which can be gone through only once. The model is untouched then.
+        ValueError: If the model has no norm of that kind; the new one does not take a layer's number of channels, needs
+            running statistics that the old one has not, cannot apply the old one's ``act``, or contains its activation
+            where the class around is no toolkit's; or data is an iterator, which can be gone through only once. The
+            model is untouched then.
     """
     if data is not None and iter(data) is data:
         raise ValueError(
@@ -98,6 +102,13 @@ def _successor(old: nn.Module, name: str, target: str, norm_cfg: dict[str, Any])
         raise ValueError(f"No norm is registered as {target!r}: see python -m normplug list.")
     channels = getattr(old, "num_features", None) or old.num_channels
     inherited = {"eps": old.eps}
+    if act := getattr(old, "act", None):  # of a norm that activates by itself; in toolkits' classes others do it
+        if "act" not in inspect.signature(cls).parameters:
+            raise ValueError(
+                f"{name} applies the activation {act!r} itself, and {cls.__name__} has none of that name. Convert to a "
+                f"norm that takes act, such as GN or BNAct, or put the activation behind the norm first."
+            )
+        inherited["act"] = act
     if issubclass(cls, _BatchNorm) and isinstance(old, _BatchNorm) and target != "FrozenBatchNorm":
         inherited["momentum"] = old.momentum
     like = next(iter(old.state_dict().values()), torch.empty(0))
@@ -256,9 +267,9 @@ def _fit(model, new, old, activation, calls: list[int], data: Iterable, run: Cal
 
     def look(layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         nonlocal seen
-        if kwargs or len(args) > 1:  # a residual sum in the same pass: y without it
-            y = layer.forward(args[0])
-        want = old(args[0])
+        if kwargs or len(args) > 1 or getattr(layer, "act", None):  # done in the same pass: y without it
+            y = _without_act(layer, args[0])
+        want = _without_act(old, args[0])
         # Not in place: the input of a norm is not ours.
         line.add(y, _functional(activation, want) if activates else want)
         seen += 1
@@ -281,6 +292,17 @@ def _fit(model, new, old, activation, calls: list[int], data: Iterable, run: Cal
     new.bias.copy_(offset)
     if getattr(new, "tau", None) is not None:
         new.tau.zero_()
+
+
+def _without_act(norm: nn.Module, x: Tensor) -> Tensor:
+    act = getattr(norm, "act", None)
+    if act is None:
+        return norm.forward(x)
+    norm.act = None
+    try:
+        return norm.forward(x)
+    finally:
+        norm.act = act
 
 
 def _functional(activation: nn.Module, x: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class ResNetV2(BaseModule):
                 f"out_indices={tuple(out_indices)}."
             )
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
-        self.deep_stem = deep_stem
+        self.deep_stem, self.avg_down = deep_stem, avg_down
         if deep_stem:
             half = base_channels // 2
             self.stem = nn.Sequential(

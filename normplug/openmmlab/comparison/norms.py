@@ -155,7 +155,7 @@ class OutputRanges:
     """Smallest and largest value that each channel of each norm hands on, over all that a model evaluates.
 
     What a layer hands on is its output, after the ReLU where an ``nn.ReLU`` follows directly. Where a layer takes a
-    residual sum into its own pass, it is its output without the sum.
+    residual sum or another activation into its own pass, it is its output without them.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ class OutputRanges:
     def _norm_hook(self, name: str):
         def look(layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
             self._store()
-            if kwargs.get("residual") is not None:
+            if kwargs.get("residual") is not None or kwargs.get("act") not in (None, "relu"):
                 y = layer.forward(args[0])
             if not y.numel():
                 return

@@ -11,10 +11,20 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.layers import CrossIterationBatchNorm, FrozenBatchNorm, WSConv1d, WSConv2d, WSConv3d
+from normplug.layers import (
+    CrossIterationBatchNorm,
+    EvoNormB0,
+    FilterResponseNorm,
+    FrozenBatchNorm,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+)
+from normplug.openmmlab.adapt import REPLACED, _stock
 from normplug.openmmlab.checkpoints import check_norms
 from normplug.openmmlab.formats.names import Images, Source, Standardization, Weight, canonical
 from normplug.openmmlab.resnet3d import _over_time
+from normplug.openmmlab.resnet_v2 import ResNetV2
 from normplug.ops.weight_standardize import weight_standardize
 from normplug.reporting import markdown_table
 
@@ -282,10 +292,11 @@ def _numbers(values: Iterable[float]) -> str:
 def _merge_bn(source: Source, target: _Target, result: Conversion, bn: str) -> None:
     """Freeze or fold norms with running statistics, and give statistics to those that are affine already."""
     norms = [name.removesuffix(".weight") for name in source.weights if name.endswith(".norm.weight")]
-    if bn == "fold" and source.format.preactivation:
+    backbone = getattr(target.model, "backbone", None)
+    if bn == "fold" and (source.format.preactivation or isinstance(backbone, ResNetV2)):
         raise ValueError(
-            f"Norms of the format {source.format.name} stand in front of activation and convolution, and fold into "
-            f"neither. Leave --fold-bn out; --freeze-bn works."
+            "The norms of a pre-activation network stand in front of activation and convolution, and fold into "
+            "neither. Leave --fold-bn out; --freeze-bn works."
         )
     merged = [norm for norm in norms if source.kind(norm) == "affine" or (source.kind(norm) == "BN" and bn != "keep")]
     for norm in merged:
@@ -426,8 +437,19 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _look_around(source: Source, target: _Target, result: Conversion) -> None:
-    """Warn of what is not in any weight and changes what the model computes."""
-    style = getattr(getattr(target.model, "backbone", None), "style", None)
+    """Refuse or warn of what is not in any weight and changes what the model computes."""
+    backbone = getattr(target.model, "backbone", None)
+    if source.avg_down is not None and source.avg_down != bool(getattr(backbone, "avg_down", False)):
+        how = "pool by averages and then convolve", "convolve with a stride"
+        raise ValueError(
+            f"The shortcuts of the source's network {how[not source.avg_down]}, those of the config's "
+            f"{_stock(backbone).__name__} {how[source.avg_down]}. Set avg_down={source.avg_down} in the backbone."
+        )
+    part = target.model if target.part == "model" else backbone
+    others = sorted({type(m).__name__ for m in part.modules()} & (REPLACED - {"ReLU"}))
+    if others and not source.format.like_config:
+        result.warnings.append(f"the model has {', '.join(others)}, and the source's networks have ReLU")
+    style = getattr(backbone, "style", None)
     norms = [name.removesuffix(".weight") for name in source.weights if name.endswith(".norm.weight")]
     wanted = {"caffe2": "caffe" if source.affine else "pytorch", "torchvision": "pytorch", "jhu": "pytorch"}
     if style and style != wanted.get(source.format.name, style):
@@ -439,7 +461,8 @@ def _look_around(source: Source, target: _Target, result: Conversion) -> None:
         layer = target.layer(norm)
         if getattr(layer, "eps", 1e-5) != 1e-5:
             _warn_once(result, f"{norm} of the model has eps={layer.eps}; the published networks have 1e-5")
-        if isinstance(layer, nn.GroupNorm) and source.kind(norm) == "GN" and layer.num_groups != 32:
+        grouped = isinstance(layer, nn.GroupNorm) and not isinstance(layer, (FilterResponseNorm, EvoNormB0))
+        if grouped and source.kind(norm) == "GN" and layer.num_groups != 32:
             _warn_once(
                 result,
                 f"{norm} of the model has {layer.num_groups} groups; the weights do not say how many they were trained "

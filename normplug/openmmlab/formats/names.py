@@ -90,6 +90,15 @@ class Source:
     affine: frozenset[str] = frozenset()
 
     @property
+    def avg_down(self) -> bool | None:
+        """Whether its shortcuts pool by averages before they convolve; None if no shortcut convolves."""
+        keys = [w.keys[0] for name, w in self.weights.items() if name.endswith(".downsample.weight")]
+        if not keys:
+            return None
+        # in a sequence the convolution is behind the pooling
+        return self.format.avg_down or any(key.endswith(".downsample.1.weight") for key in keys)
+
+    @property
     def detector(self) -> bool:
         """Whether it is more than a backbone."""
         return any(not name.startswith("backbone.") for name in self.weights)
@@ -119,6 +128,7 @@ class Format:
         ws: How its convolutions standardize.
         like_config: Its convolutions are those of the config: same toolkit, same layers.
         preactivation: Norms stand in front of their convolutions.
+        avg_down: Shortcuts pool by averages, which its keys do not tell.
         background_first: The background is class 0; in mmdet it is the last.
         notes: What no converter can carry over.
     """
@@ -132,6 +142,7 @@ class Format:
     ws: Standardization | None = None
     like_config: bool = False
     preactivation: bool = False
+    avg_down: bool = False
     background_first: bool = False
     notes: tuple[str, ...] = ()
 
@@ -356,6 +367,7 @@ FORMATS = {
             IMAGES["bit"],
             ((r"head\..*", _CLASSIFIER),),
             preactivation=True,
+            avg_down=True,
         ),
         Format(
             "mmdet1",
