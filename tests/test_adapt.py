@@ -70,6 +70,10 @@ BACKBONES = {
     "x50": (dict(type="mmdet.ResNeXt", depth=50, groups=2, base_width=4, **TWO_STAGES), IMAGE),
     "regnet": (dict(type="mmdet.RegNet", arch=REGNET), IMAGE),
     "hrnet": (dict(type="mmdet.HRNet", extra=HRNET), IMAGE),
+    "v2d": (
+        dict(type="ResNetV2", depth=50, base_channels=8, deep_stem=True, avg_down=True, conv_cfg=None),
+        (2, 3, 64, 64),
+    ),
     "hourglass": (
         dict(
             type="mmdet.HourglassNet",

@@ -46,6 +46,8 @@ def calls_of(model, kinds):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_outputs_and_gradients_are_the_same(name, norm):
+    if (name, norm) == ("v2d", "CBN"):
+        pytest.skip("in a pre-activation network norms follow sums, and CBN refuses what is no convolution's output")
     plain, shape = build(name, NORMS[norm])
     fused = fuse_activations(copy.deepcopy(plain), ("cuda", "cpu"))
     fuse_activations(plain, ())
@@ -81,7 +83,7 @@ def test_a_silu_is_taken_over_like_a_relu(name, norm):
 
 
 def test_resnet_50_is_left_with_no_relu_of_its_own():
-    for name in ("r50", "3d-r50", "box-head"):
+    for name in ("r50", "v2d", "3d-r50", "box-head"):
         model, shape = build(name, GN)
         fuse_activations(model, ("cpu",))
         count = calls_of(model, nn.ReLU)

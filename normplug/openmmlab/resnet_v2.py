@@ -7,6 +7,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from normplug.openmmlab.adapt import Fuses, FusesInSequence
+
 __all__ = ["ResNetV2"]
 
 _BIT_CONV = dict(type="ConvWS", eps=1e-8, correction=0, eps_inside=True)
@@ -35,7 +37,11 @@ def _activation_behind(norm: nn.Module) -> nn.Module:
     return nn.Identity() if contained else nn.ReLU()
 
 
-class _Block(nn.Module):
+class _Sequence(FusesInSequence, nn.Sequential):
+    """Layers one behind the other, norms with the activation behind them in one pass."""
+
+
+class _Block(Fuses, nn.Module):
     """norm, ReLU, 1x1; norm, ReLU, 3x3 with the stride; norm, ReLU, 1x1; plus the input."""
 
     places_activations = True
@@ -60,7 +66,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, shortcut = x, x
         for i, (name, activation) in enumerate(zip(self.norm_names, self.activations, strict=True), 1):
-            y = activation(getattr(self, name)(y))
+            y = self._activated(getattr(self, name), activation, y)
             if i == 1 and self.downsample is not None:
                 shortcut = self.downsample(y)
             y = getattr(self, f"conv{i}")(y)
@@ -68,7 +74,7 @@ class _Block(nn.Module):
 
 
 @MODELS.register_module()
-class ResNetV2(BaseModule):
+class ResNetV2(Fuses, BaseModule):
     """ResNet with norm and ReLU in front of each convolution, as BiT trained it; its defaults are BiT's R50x1.
 
         backbone = dict(type='ResNetV2', depth=50, init_cfg=dict(type='Pretrained', checkpoint='bit_r50x1.pth'))
@@ -128,7 +134,7 @@ class ResNetV2(BaseModule):
         self.deep_stem, self.avg_down = deep_stem, avg_down
         if deep_stem:
             half = base_channels // 2
-            self.stem = nn.Sequential(
+            self.stem = _Sequence(
                 _conv(conv_cfg, 3, half, 3, stride=2, padding=1),
                 *_with_activation(_norm(norm_cfg, half)[1]),
                 _conv(conv_cfg, half, half, 3, padding=1),
@@ -158,7 +164,7 @@ class ResNetV2(BaseModule):
         for stage in range(4):
             x = getattr(self, f"layer{stage + 1}")(x)
             if stage == 3:
-                x = self.activation(getattr(self, self.norm_name)(x))
+                x = self._activated(getattr(self, self.norm_name), self.activation, x)
             if stage in self.out_indices:
                 outputs.append(x)
         return tuple(outputs)
