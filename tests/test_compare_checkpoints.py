@@ -42,7 +42,7 @@ from normplug.openmmlab.comparison.sides import Side, check_comparable
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import compare_checkpoints as tool  # noqa: E402
+import compare_checkpoints as tool  # noqa: E402  found through the line above
 
 # Statistics
 

@@ -25,11 +25,11 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torch.nn import functional as F
 
-import normplug  # noqa: F401
+import normplug  # noqa: F401  registers the layers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from convert_checkpoint import main  # noqa: E402
+from convert_checkpoint import main  # noqa: E402  found through the line above
 
 # mmcv's, mmdet's and mmaction2's own, while they are imported
 pytestmark = pytest.mark.filterwarnings("ignore::ImportWarning", "ignore::SyntaxWarning")
@@ -712,11 +712,13 @@ def test_c4_has_its_last_stage_in_the_head(run, full_size):
 # ---- I3D
 
 
-def i3d_cfg(norm_cfg, conv_cfg=dict(type="Conv3d"), **kwargs):  # noqa: B006
+def i3d_cfg(norm_cfg, conv_cfg=None, **kwargs):
     cfg = Config.fromfile(ROOT / "configs/digits/i3d_r18_bn_digits.py")
     cfg.model.backbone |= dict(depth=50, base_channels=64, num_stages=2, stage_blocks=(1, 2), out_indices=(0, 1))
     cfg.model.backbone |= dict(spatial_strides=(1, 2), temporal_strides=(1, 1), dilations=(1, 1), inflate=(1, 1))
-    cfg.model.backbone |= dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg, conv1_kernel=(5, 7, 7), **kwargs)
+    cfg.model.backbone |= dict(
+        norm_cfg=norm_cfg, conv_cfg=conv_cfg or dict(type="Conv3d"), conv1_kernel=(5, 7, 7), **kwargs
+    )
     return cfg
 
 

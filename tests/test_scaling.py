@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.utils import parameters_to_vector
 
-import normplug  # noqa: F401
+import normplug  # noqa: F401  registers the layers
 from normplug.layers.weight_standardization import standardize_together
 from normplug.openmmlab import sharding
 from normplug.openmmlab.adapt import fuse_activations

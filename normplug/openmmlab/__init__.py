@@ -19,7 +19,7 @@ def close_gaps() -> None:
 
 def register_hooks() -> None:
     """Register hooks, backbones and a strategy: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
-    from normplug.openmmlab import (  # noqa: F401
+    from normplug.openmmlab import (  # noqa: F401  importing them registers
         checkpoints,
         feature_percentiles,
         precise_bn,

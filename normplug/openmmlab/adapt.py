@@ -108,10 +108,7 @@ def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
         _place_in_sequence(module)
     elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
         _place_in_conv_module(module, path)
-    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck") and not hasattr(
-        module,
-        "rfp_forward",  # DetectoRS: the same block once more
-    ):
+    elif _is_block_of_one_forward(module):
         last = module.norm3 if hasattr(module, "conv3") else module.norm2
         if _activates(last):
             last.drop_activation()  # the sum follows it, then the ReLU
@@ -130,6 +127,12 @@ def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
             f"these, use a norm without activation (GN, SyncBN, CBN) here, or, if the class applies none behind "
             f"{kind}, set {type(owner).__name__}.places_activations = True."
         )
+
+
+def _is_block_of_one_forward(module: nn.Module) -> bool:
+    """Whether this is a residual block of mmdet; DetectoRS has some whose layers another method calls once more."""
+    known = _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck")
+    return known and not hasattr(module, "rfp_forward")
 
 
 def _unknown(path: str, owner: nn.Module) -> str:
