@@ -79,7 +79,7 @@ def config(work_dir, iterations, with_cp=False, resume=False):
             ],
             randomness=dict(seed=1),
             resume=resume,
-            experiment_name=f"{work_dir.name}-{iterations}",
+            experiment_name=f"{work_dir}-{iterations}",
             log_level="ERROR",
         )
     )

@@ -179,7 +179,7 @@ def run(work_dir, *hooks, by_epoch=True, model=None):
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1, "by_epoch": by_epoch}},
         custom_hooks=list(hooks),
         randomness={"seed": 3},
-        experiment_name=work_dir.name,
+        experiment_name=str(work_dir),  # two tests' runs of one name would share a visualizer
         log_level="ERROR",
     )
     runner.train()

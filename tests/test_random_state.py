@@ -43,7 +43,7 @@ def train(work_dir, epochs, resume=False):
         custom_hooks=[{"type": "RandomStateHook"}],
         randomness={"seed": 3},
         resume=resume,
-        experiment_name=f"{work_dir.name}-{epochs}-{resume}",
+        experiment_name=f"{work_dir}-{epochs}-{resume}",
         log_level="ERROR",
     )
     runner.train()
