@@ -376,9 +376,18 @@ def test_a_download_is_checked_too(tmp_path, monkeypatch):
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError):
         CheckpointLoader.load_checkpoint(str(tmp_path / "nowhere.pth"))
-    (tmp_path / "cut.pth").write_bytes(saved({"w": torch.ones(9)}).read()[:200])
-    with pytest.raises((RuntimeError, UnsafeCheckpointError)):
-        load(tmp_path / "cut.pth")
+    if not torch.cuda.is_available():
+        torch.save({"w": torch.ones(9)}, tmp_path / "whole.pth")
+        with pytest.raises(RuntimeError, match="CUDA"):
+            load(tmp_path / "whole.pth", map_location="cuda")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"epoch: 3", 200, 2000])
+def test_a_file_that_is_not_whole_is_named(tmp_path, content):
+    file = tmp_path / "cut.pth"
+    file.write_bytes(content if isinstance(content, bytes) else saved({"w": torch.ones(999)}).read()[:content])
+    with pytest.raises((ValueError, UnsafeCheckpointError), match=r"cut\.pth (is not a whole checkpoint|was refused)"):
+        CheckpointLoader.load_checkpoint(str(file), map_location="cpu")
 
 
 # ---- another norm

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from normplug import layers  # and lets the toolkits import
 
 pytest.importorskip("mmdet.models")
 pytest.importorskip("mmaction.models")
+from cases import unpadded
 from matplotlib.figure import Figure
 from mmcv.cnn import build_norm_layer
 from pycocotools import mask as rle
@@ -75,6 +77,20 @@ def test_a_difference_of_nothing_is_inside_the_noise():
     assert rates.verdict == "inside the noise"
     with pytest.raises(ValueError, match="not empty"):
         compare(*[lambda n: {}] * 2, 0)
+
+
+@pytest.mark.parametrize("clips", [1, 2, 4, 5, 10])
+def test_a_rare_class_is_not_called_better_by_chance(clips):
+    """Two models of the same quality, each right with probability 0.5, on one rare class and one that is not."""
+    random, labels, wrong = np.random.default_rng(0), np.repeat([0, 1], [clips, 60]), 0
+    for seed in range(500):
+        a, b = (Accuracy(random.random((len(labels), 2)), labels, top_k=(1,)) for _ in "AB")
+        rates = {d.metric: d for d in compare(a, b, len(labels), 300, seed, support=a.support)}
+        rare, common = (rates[Metric("accuracy", category=f"class {k}")] for k in (0, 1))
+        assert (rare.support, common.support) == (clips, 60)
+        assert (rare.verdict == "too few samples") == (clips < 5)
+        wrong += "better" in rare.verdict
+    assert wrong / 500 < 0.07 + 3 * 0.012  # of ten clips 7% (of two without a limit 12%), and three standard errors
 
 
 def test_a_resample_has_as_many_samples_as_the_data():
@@ -177,6 +193,24 @@ def test_an_image_that_counts_twice_is_there_twice(seed):
                     target += [dict(x, image_id=new["id"]) for x in source if x["image_id"] == image["id"]]
         copies["annotations"] = [dict(a, id=i) for i, a in enumerate(copies["annotations"], 1)]
         check_against_pycocotools(values, row, *by_pycocotools(copies, found))
+
+
+def test_images_with_something_to_find_are_counted():
+    truth, detections = made_up_boxes(0)
+    ids = [i["id"] for i in truth["images"]], [c["id"] for c in truth["categories"]]
+    support = AveragePrecision(evaluate(coco(truth), detections, "bbox", *ids)).support
+    assert set(support) == set(ours(truth, detections, np.ones(IMAGES, np.int32)))
+    bounds = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+    for metric, number in support.items():
+        low, high = bounds[metric.size]
+        assert number == len(
+            {
+                a["image_id"]
+                for a in truth["annotations"]
+                if low <= a["area"] < high and not a["iscrowd"]
+                if metric.category in ("", f"class {a['category_id']}")
+            }
+        ), metric
 
 
 def test_masks_are_compared_as_masks():
@@ -565,10 +599,11 @@ def test_known_predictions(detection, tmp_path, monkeypatch):
     for difference in found.differences:
         if not np.isnan(difference.low):
             assert (difference.a, difference.b) == (0, pytest.approx(1, abs=1e-12)), difference.metric
-            assert difference.verdict == "B is better"
+            assert difference.verdict == ("B is better" if difference.support >= 5 else "too few samples")
     report.write(found, tmp_path, {})
     text = (tmp_path / "report.md").read_text()
-    assert "| box AP         | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | B is better |" in text
+    assert "| box AP | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | B is better |" in unpadded(text)
+    assert re.search(r"\| 3 \| [1-4] \| 0.0 \| 100.0 \|.*too few samples", unpadded(text))
     assert "latency" not in text
     assert "not called" in text
 
@@ -667,6 +702,9 @@ def test_a_checkpoint_of_another_model_is_refused(video, tmp_path):
         torch.save({k: v for k, v in weights.items() if "cls_head" not in k}, tmp_path / "headless.pth")
         with pytest.raises(ValueError, match=r"lacks 2 of the weights .*cls_head"):
             Side("A", a.config, tmp_path / "headless.pth", video[1]).build()
+        torch.save(weights | {"backbone.layer5.weight": torch.ones(3)}, tmp_path / "larger.pth")
+        with pytest.raises(ValueError, match=r"has 1 weights that .* has not, backbone\.layer5\.weight for one"):
+            Side("A", a.config, tmp_path / "larger.pth", video[1]).build()
         weights["cls_head.fc_cls.weight"] = torch.zeros(3, 64)
         torch.save(weights, tmp_path / "three.pth")
         with pytest.raises(ValueError, match=r"(?s)does not fit .*size mismatch"):
@@ -685,6 +723,14 @@ def test_wrong_arguments_are_named(flags, message, capsys):
         tool.main(["a.py", "a.pth", "b.py", "b.pth", *flags])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["detection", "video"])
+def test_no_data_is_said(task, request, capsys):
+    arguments, options = request.getfixturevalue(task)
+    chosen = [f"{key}={value}" for key, value in options.items()] + ["test_dataloader.dataset.indices=0"]
+    assert tool.main([*arguments, "--device", "cpu", "--batch-sizes", "--cfg-options", *chosen]) == 2
+    assert "The test data set is empty" in capsys.readouterr().err
 
 
 def test_missing_files_are_named(capsys):

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     bn.add_argument("--fold-bn", action="store_true", help="merge BN into the convolution in front of it")
     p.add_argument("--drop", nargs="+", default=[], metavar="KEY", help="keys of the source to leave out; patterns")
     p.add_argument(
-        "--allow-unset", nargs="+", default=[], metavar="KEY", help="keys of the model to leave unset; patterns"
+        "--allow-unset", nargs="+", default=[], metavar="KEY", help="keys of the model that may stay unset; patterns"
     )
     return p.parse_args(argv)
 
@@ -68,11 +68,12 @@ def main(argv: list[str] | None = None) -> int:
             allow_unset=args.allow_unset,
             adapt_images=not args.keep_images,
         )
+        meta = dict(source=args.source.name, format=source.format.name, images=converted.images._asdict())
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state_dict=converted.state_dict, meta=dict(meta, normplug=normplug.__version__)), args.out)
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return 2
-    meta = dict(source=args.source.name, format=source.format.name, images=converted.images._asdict())
-    torch.save(dict(state_dict=converted.state_dict, meta=dict(meta, normplug=normplug.__version__)), args.out)
     print(converted.report())
     print(f"\nWritten: {args.out}, {len(converted.state_dict)} tensors.")
     return 0

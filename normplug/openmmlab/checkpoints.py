@@ -214,6 +214,7 @@ def load(file, map_location=None, **kwargs):
 
     Raises:
         UnsafeCheckpointError: If the file names classes or functions other than those mmengine writes.
+        ValueError: If it is no whole checkpoint.
     """
     return _guarded(torch.load, file, file, map_location=map_location, **kwargs)
 
@@ -230,6 +231,12 @@ def _guarded(loader, file, source, **kwargs):
             checkpoint = loader(source, **{**kwargs, "weights_only": True})
         except pickle.UnpicklingError as error:
             raise UnsafeCheckpointError(_refusal(source, _foreign_names(file, error), error)) from error
+        except (EOFError, LookupError, RuntimeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise  # a file that is whole, and no device for its tensors
+            raise ValueError(
+                f"{_where(source)} is not a whole checkpoint ({error}). Is it another kind of file, or cut short?"
+            ) from error
     return _with_arrays(checkpoint, set())
 
 
@@ -268,11 +275,14 @@ def _names_in(file) -> Iterator[str]:
                 yield name
 
 
+def _where(source):
+    return getattr(source, "name", type(source).__name__) if hasattr(source, "read") else source
+
+
 def _refusal(source, foreign: list[str], error: Exception) -> str:
-    where = getattr(source, "name", type(source).__name__) if hasattr(source, "read") else source
     reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     return (
-        f"The checkpoint {where} was refused, and nothing in it was executed: it contains "
+        f"The checkpoint {_where(source)} was refused, and nothing in it was executed: it contains "
         f"{', '.join(foreign) or reason}. Expected: tensors, plain Python values, and mmengine's HistoryBuffer and "
         "numpy arrays of numbers. Other files can run any program when they are unpickled. Get one that holds only "
         "weights, torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it "
@@ -349,9 +359,12 @@ def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         state_dict: The weights, with the model's own key names.
 
     Raises:
-        ValueError: If any norm layer is of another kind.
+        ValueError: If any norm layer is of another kind, or lacks the variance to its mean.
     """
     ours, theirs = _norms(model.state_dict()), _norms(state_dict)
+    for name, (statistics, _) in theirs.items():
+        if statistics not in _KINDS:
+            raise ValueError(f"The checkpoint has {name}.running_mean and no {name}.running_var. Is the file whole?")
     present = {key.rpartition(".")[0] for key in state_dict}
     strangers = {place(name): name for name in theirs if name not in ours}
     differences = []

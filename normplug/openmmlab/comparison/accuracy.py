@@ -15,6 +15,8 @@ class Accuracy:
     With each clip counting once, the first are those of mmaction2's ``AccMetric``: its mean over classes runs over
     those that some clip belongs to or was taken for.
 
+    `support` has the number of clips of each class.
+
     Args:
         scores: Per clip and class, (N, K).
         labels: The right classes, (N,).
@@ -30,6 +32,8 @@ class Accuracy:
         members = np.eye(scores.shape[1])  # floats: numpy has no fast product of integers
         self.labels, self.taken_for = members[labels], members[ranked[:, 0]]
         self.classes = classes or [f"class {i}" for i in range(scores.shape[1])]
+        clips = self.labels.sum(0).astype(int).tolist()
+        self.support = {Metric("accuracy", category=name): n for name, n in zip(self.classes, clips, strict=True)}
 
     def __call__(self, counts: np.ndarray) -> dict[Metric, np.ndarray]:
         counts = counts.astype(np.float64)

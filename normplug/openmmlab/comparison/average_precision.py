@@ -95,6 +95,8 @@ class AveragePrecision:
     An image that counts n times is an image that is n times in the data set; with each counting once the values are
     those of ``COCOeval.accumulate``. The order of detections with equal scores is that of the images.
 
+    `support` has the number of images with objects, for each size and class.
+
     Args:
         evaluator: What `evaluate` returns.
     """
@@ -109,6 +111,20 @@ class AveragePrecision:
         for i in range(shape[0] * shape[1]):
             found = evaluator.evalImgs[i * shape[2] : (i + 1) * shape[2]]
             self.cells.append(_cell([(j, e) for j, e in enumerate(found) if e is not None], len(p.iouThrs)))
+        self.support = self._count_images()
+
+    def _count_images(self) -> dict[Metric, int]:
+        cells = [images for images, _, _ in self.cells]
+        found = {}
+        for s, size in enumerate(self.sizes):
+            by_class = cells[s :: len(self.sizes)]
+            found |= {
+                Metric("AP", self.of, size, name): len(images)
+                for name, images in zip(self.categories, by_class, strict=True)
+            }
+            found[Metric("AP", self.of, size)] = len(np.unique(np.concatenate(by_class)))
+        everywhere = found[Metric("AP", self.of)]
+        return found | {Metric(name, self.of): everywhere for name in ("AP50", "AP75")}
 
     def __call__(self, counts: np.ndarray) -> dict[Metric, np.ndarray]:
         ap = np.full((len(counts), len(self.thresholds), len(self.cells)), np.nan)

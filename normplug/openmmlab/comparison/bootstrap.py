@@ -1,6 +1,6 @@
 """Paired bootstrap over samples (images or clips): is a difference between two models larger than its noise?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 __all__ = ["Difference", "Metric", "compare", "draw"]
 
 LEVEL = 0.95
+FEWEST = 5  # samples that a verdict needs: resamples of fewer are too much alike to show the noise
 CHUNK = 50  # resamples that are evaluated together: enough for numpy, little memory
 
 
@@ -37,6 +38,7 @@ class Difference:
     b: float
     low: float
     high: float
+    support: int  # samples that have something to find
 
     @property
     def difference(self) -> float:
@@ -45,9 +47,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Which model is better, if the interval excludes zero."""
+        """Which model is better, if the interval excludes zero and comes from samples enough."""
         if np.isnan(self.low):
             return "not defined"
+        if self.support < FEWEST:
+            return "too few samples"
         return "A is better" if self.high < 0 else "B is better" if self.low > 0 else "inside the noise"
 
 
@@ -57,7 +61,14 @@ def draw(samples: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 
 def compare(
-    a: Scorer, b: Scorer, samples: int, resamples: int = 1000, seed: int = 0, advance: Callable = lambda done: None
+    a: Scorer,
+    b: Scorer,
+    samples: int,
+    resamples: int = 1000,
+    seed: int = 0,
+    *,
+    support: Mapping[Metric, int] | None = None,
+    advance: Callable = lambda done: None,
 ) -> list[Difference]:
     """Compare two models by their values on the data and on resamples of it, the same for both.
 
@@ -70,6 +81,8 @@ def compare(
         samples: Number of images or clips N.
         resamples: Number of resamples R.
         seed: Of the resamples.
+        support: For each metric the number of samples that have something to find (by default all have): a class that
+            is in one image has the same value in every resample, which says nothing of its noise.
         advance: Told how many resamples have been evaluated since it was last called.
 
     Returns:
@@ -86,6 +99,7 @@ def compare(
     all_once = np.ones((1, samples), np.int32)
     values_a, values_b = a(all_once), b(all_once)
     metrics = [metric for metric in values_a if metric in values_b]
+    support = support or {}
     changes: dict[Metric, list[np.ndarray]] = {metric: [] for metric in metrics}
     for counts in np.array_split(draw(samples, resamples, seed), -(-resamples // CHUNK)):
         ours, theirs = a(counts), b(counts)
@@ -94,7 +108,11 @@ def compare(
         advance(len(counts))
     return [
         Difference(
-            metric, values_a[metric].item(), values_b[metric].item(), *_interval(np.concatenate(changes[metric]))
+            metric,
+            values_a[metric].item(),
+            values_b[metric].item(),
+            *_interval(np.concatenate(changes[metric])),
+            support.get(metric, samples),
         )
         for metric in metrics
     ]

@@ -25,6 +25,7 @@ from normplug.openmmlab.comparison.sides import Side, evaluators
 __all__ = ["Cache", "Predictions", "fingerprint", "predict"]
 
 DATE = "%Y-%m-%d %H:%M"
+EMPTY = "The test data set is empty: look at test_dataloader.dataset of the first config."
 PACKAGE = Path(__file__).parents[2]  # normplug
 PACKAGES = ("torch", "torchvision", "numpy", "mmengine", "mmcv", "mmcv-lite", "mmdet", "mmaction2")
 
@@ -68,7 +69,7 @@ def predict(model: nn.Module, cfg: Config, loader: DataLoader, advance: Callable
             evaluator.process(outputs, batch)
             advance(len(outputs))
     if not metric.results:
-        raise ValueError("The test data set is empty: look at test_dataloader.dataset of the first config.")
+        raise ValueError(EMPTY)
     results = _detections(metric) if hasattr(metric, "results2json") else _scores(metric)
     return Predictions(results, ranges.state(), time.perf_counter() - began, time.strftime(DATE))
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normplug.openmmlab.comparison.bootstrap import Difference
+from normplug.openmmlab.comparison.bootstrap import FEWEST, Difference
 from normplug.openmmlab.comparison.norms import Filters, Norm, Summary, part_of
 from normplug.openmmlab.comparison.run import Comparison
 from normplug.reporting import Report, markdown_table
@@ -101,8 +101,9 @@ def _report_metrics(report: Report, comparison: Comparison) -> None:
     report.table(
         _metric_rows(overall),
         f"In %. Interval: the central 95% of B − A over {comparison.resamples} bootstrap resamples of the {unit}s, the "
-        f"same for both models. If it holds zero, the difference is inside the noise of this data set. It says nothing "
-        f"about the noise of training: for that, compare several seeds.{sizes}",
+        f"same for both models. If it holds zero, the difference is inside the noise of this data set; fewer than "
+        f"{FEWEST} {unit}s with something to find are too few samples to tell. It says nothing about the noise of "
+        f"training: for that, compare several seeds.{sizes}",
     )
     defined = [d for d in overall if not np.isnan(d.low)]
     figure = Figure(figsize=(7, 0.8 + 0.3 * len(defined)), layout="constrained")
@@ -131,18 +132,21 @@ def _report_classes(report: Report, comparison: Comparison) -> None:
         report.text("No class has anything to find.")
         return
     by_key = {d.metric: d for d in by_class}
-    clear = sum("better" in d.verdict for d in by_class)
+    judged = [d for d in by_class if d.support >= FEWEST]
+    clear = sum("better" in d.verdict for d in judged)
+    unit = "images" if comparison.task == "detection" else "clips"
     report.text(
-        f"Of these {len(by_class)} differences {clear} are outside the noise; by chance alone about 5% would be, "
-        f"{0.05 * len(by_class):.0f}."
+        f"Of these {len(judged)} differences {clear} are outside the noise; by chance alone about 5% would be, "
+        f"{0.05 * len(judged):.0f}."
+        + (f" {len(by_class) - len(judged)} more have fewer than {FEWEST} {unit}." if judged != by_class else "")
     )
     drawn = []
     for title in dict.fromkeys(_kind(d) for d in by_class):
-        rows = [["class", "A", "B", "B − A", "95% interval", "verdict", *(f"{size}: A → B" for size in sizes)]]
+        rows = [["class", unit, "A", "B", "B − A", "95% interval", "verdict", *(f"{size}: A → B" for size in sizes)]]
         whole = [d for d in by_class if (_kind(d), d.metric.size) == (title, "all")]
         for d in whole:
             cells = [_arrow(by_key.get(d.metric._replace(size=size))) for size in sizes]
-            rows.append([d.metric.category, *_cells(d), *cells])
+            rows.append([d.metric.category, str(d.support), *_cells(d), *cells])
         report.table(rows, f"{title[0].upper()}{title[1:]}, in %.{' A star: outside the noise.' if sizes else ''}")
         drawn.append((title, sorted(whole, key=lambda d: -abs(d.difference))[:MOST_ROWS]))
     height = max(len(most) for _, most in drawn)
@@ -374,7 +378,7 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
         "remarks": comparison.remarks,
         "metrics": [
             {**d.metric._asdict(), "a": d.a, "b": d.b, "difference": d.difference, "low": d.low, "high": d.high}
-            | {"verdict": d.verdict}
+            | {"support": d.support, "verdict": d.verdict}
             for d in comparison.differences
         ],
         "cost": [asdict(cost) for cost in comparison.costs],

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from pycocotools.coco import COCO
@@ -20,10 +21,10 @@ from torch.utils.data import DataLoader
 from normplug.bench.facts import processor
 from normplug.openmmlab.comparison.accuracy import Accuracy
 from normplug.openmmlab.comparison.average_precision import AveragePrecision, evaluate
-from normplug.openmmlab.comparison.bootstrap import Difference, Scorer, compare
+from normplug.openmmlab.comparison.bootstrap import Difference, compare
 from normplug.openmmlab.comparison.cost import Cost, Latency, measure, static_cost
 from normplug.openmmlab.comparison.norms import Filters, Norm, OutputRanges, filters_of, norms_of
-from normplug.openmmlab.comparison.predictions import DATE, Cache, Predictions, fingerprint, predict
+from normplug.openmmlab.comparison.predictions import DATE, EMPTY, Cache, Predictions, fingerprint, predict
 from normplug.openmmlab.comparison.sides import Side, check_comparable, evaluators, metrics_of, names_of, task_of
 
 __all__ = ["Comparison", "compare_checkpoints"]
@@ -81,7 +82,7 @@ def compare_checkpoints(
     remarks = check_comparable(a, b)
     sides = [a, b]
     with DefaultScope.overwrite_default_scope(a.cfg.get("default_scope")), _progress() as bar:
-        loader = Runner.build_dataloader(a.cfg.test_dataloader, seed=0)
+        loader = _load(a.cfg)
         models = [side.build() for side in sides]
         keys = [fingerprint(side, a.cfg, loader, device) for side in sides]
         predictions = []
@@ -96,7 +97,9 @@ def compare_checkpoints(
         differences = []
         for ours, theirs in zip(*(_scorers(sides, found, classes) for found in predictions), strict=True):
             with bar("bootstrap", resamples) as advance:
-                differences += compare(ours, theirs, _samples(predictions[0]), resamples, advance=advance)
+                differences += compare(
+                    ours, theirs, _samples(predictions[0]), resamples, support=ours.support, advance=advance
+                )
         costs, measured = _costs(models, keys, loader, device, batch_sizes, seconds, cache, bar)
     filters = [filters_of(model) for model in models]
     return Comparison(
@@ -114,7 +117,18 @@ def compare_checkpoints(
     )
 
 
-def _scorers(sides: Sequence[Side], predictions: Predictions, classes: Sequence[str]) -> list[Scorer]:
+def _load(cfg: Config) -> DataLoader:
+    try:
+        return Runner.build_dataloader(cfg.test_dataloader, seed=0)
+    except ValueError as error:
+        if "need at least one array" in str(error):  # mmengine packs the samples into one
+            raise ValueError(EMPTY) from error
+        raise
+
+
+def _scorers(
+    sides: Sequence[Side], predictions: Predictions, classes: Sequence[str]
+) -> list[Accuracy | AveragePrecision]:
     """Return what computes the metrics that both configs ask for, from the predictions of one of the models."""
     evaluator, results = evaluators(sides[0].cfg)[0], predictions.results
     if task_of(sides[0]) == "video":

@@ -54,7 +54,8 @@ class Side:
         """Return the model with the checkpoint's weights, in evaluation mode, on the CPU.
 
         Raises:
-            ValueError: If the checkpoint is another model's: its norms are of another kind, or weights are missing.
+            ValueError: If the checkpoint is another model's: its norms are of another kind, or weights are missing or
+                left over.
         """
         model = MODELS.build(self.cfg.model)
         checkpoint = CheckpointLoader.load_checkpoint(str(self.checkpoint), map_location="cpu")
@@ -62,13 +63,18 @@ class Side:
         weights = {key.removeprefix("module."): value for key, value in weights.items()}
         check_norms(model, weights)
         try:
-            missing = model.load_state_dict(weights, strict=False).missing_keys
+            missing, left = model.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # shapes
             raise ValueError(f"{self.checkpoint} does not fit {self.config}. {error}") from error
         if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
             raise ValueError(
                 f"{self.checkpoint} lacks {len(missing)} of the weights that {self.config} has, {missing[0]} for "
                 f"one: the model would be evaluated with random numbers there. Give the config of this checkpoint."
+            )
+        if left := [key for key in left if not key.endswith(("num_batches_tracked", "_extra_state"))]:
+            raise ValueError(
+                f"{self.checkpoint} has {len(left)} weights that {self.config} has not, {left[0]} for one: "
+                f"it is that of a larger model. Give the config of this checkpoint."
             )
         model.eval()  # mmdet's returns nothing
         return model

@@ -73,9 +73,16 @@ class Conversion:
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model of a config, in the scope of its toolkit, without loading anything into it."""
+    """Build the model of a config, in the scope of its toolkit, without loading anything into it.
+
+    Raises:
+        ValueError: If a layer of the config does not exist, or does not take its arguments.
+    """
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
-        return MODELS.build(cfg.model)
+        try:
+            return MODELS.build(cfg.model)
+        except (TypeError, KeyError) as error:  # what mmengine makes of wrong arguments, and of names it does not know
+            raise ValueError(f"The config's model cannot be built: {error}") from error
 
 
 def images_of(cfg: Config) -> Images | None:
@@ -155,7 +162,8 @@ def convert(
         bn: 'keep' copies BN as it is; 'freeze' merges statistics into weight and bias, as Detectron's AffineChannel,
             which leaves mean 0 and variance 1 - eps; 'fold' merges all into the convolution and leaves an identity,
             or nothing where the model has a bias and no norm.
-        allow_unset: Patterns of the model's keys that may stay at their initial values; they are not in the file.
+        allow_unset: Patterns of the model's keys that may stay at their initial values where the source has none for
+            them, or some of another shape; they are not in the file.
         adapt_images: Rewrite the first convolution for the order of channels and the std of the config's
             data_preprocessor, which is exact.
 
@@ -302,7 +310,15 @@ def _merge_bn(source: Source, target: _Target, result: Conversion, bn: str) -> N
     for norm in merged:
         layer, conv = target.layer(norm), norm.removesuffix(".norm")
         eps = getattr(layer, "eps", 1e-5)
+        needed = _BN[:4] if source.kind(norm) == "BN" else _BN[:2]
         old = {leaf: source.weights.pop(f"{norm}.{leaf}", None) for leaf in _BN}
+        if lost := [leaf for leaf in needed if old[leaf] is None]:
+            raise ValueError(
+                f"The source's norm {old['weight'].keys[0].rpartition('.')[0] or norm} has no {' and no '.join(lost)}, "
+                f"without which it cannot be merged into anything. Is the file whole?"
+            )
+        if old["num_batches_tracked"] is not None:
+            result.dropped |= dict.fromkeys(old["num_batches_tracked"].keys, "a counter of training")
         scale, shift = (old[leaf].tensor.double() for leaf in ("weight", "bias"))
         scale_keys, shift_keys = old["weight"].keys, old["bias"].keys
         if old["running_var"] is not None:
@@ -389,18 +405,22 @@ def _fill(source: Source, target: _Target, result: Conversion, allow_unset: tupl
         if weight is None and name.endswith(_STATE_OF_TRAINING):
             result.state_dict[key] = torch.zeros_like(like)
             result.rows.append(("", key, _shape(like), "starts at 0"))
-        elif any(fnmatchcase(key, pattern) for pattern in allow_unset):
-            result.unset.append(key)
-            used.add(name)
-        elif weight is None:
-            unset.append(f"{key} {_shape(like)}")
+        elif weight is None or weight.tensor.shape != like.shape:
+            allowed = any(fnmatchcase(key, pattern) for pattern in allow_unset)
+            if allowed:
+                result.unset.append(key)
+            elif weight is None:
+                unset.append(f"{key} {_shape(like)}")
+            else:
+                origin = ", ".join(weight.keys)
+                shapes.append(f"{key}: {_shape(like)} in the model, {_shape(weight.tensor)} from {origin}")
+            if weight is not None:
+                used.add(name)
+                result.dropped |= dict.fromkeys(weight.keys, "of another shape than the model's, which may stay unset")
         else:
             used.add(name)
-            origin = ", ".join(weight.keys)
-            if weight.tensor.shape != like.shape:
-                shapes.append(f"{key}: {_shape(like)} in the model, {_shape(weight.tensor)} from {origin}")
             result.state_dict[key] = weight.tensor.to(like.dtype).contiguous().clone()
-            result.rows.append((origin, key, _shape(weight.tensor), "; ".join(weight.done)))
+            result.rows.append((", ".join(weight.keys), key, _shape(weight.tensor), "; ".join(weight.done)))
     left = {key: name for name, weight in source.weights.items() if name not in used for key in weight.keys}
     result.dropped |= {key: "a counter of training" for key, name in left.items() if name.endswith(_STATE_OF_TRAINING)}
     unused = [key for key in left if key not in result.dropped]
@@ -415,6 +435,8 @@ def _fill(source: Source, target: _Target, result: Conversion, allow_unset: tupl
             "the same architecture, depth and kind of norm."
             + "".join(f"\n{len(keys)} {what} ({fix}):{_listed(keys)}" for what, keys, fix in problems if keys)
         )
+    if not any(origin for origin, *_ in result.rows):
+        raise ValueError("Nothing of the source would be in the file: --allow-unset and --drop leave all of it out.")
 
 
 def _check_kinds(source: Source, target: _Target) -> None:

@@ -121,7 +121,7 @@ class Format:
     Attributes:
         name: What ``--format`` calls it.
         what: Whose files these are.
-        is_it: Tells it by the keys.
+        needs: Patterns; each is that of a key in every such file.
         rename: From the file's weights to the canonical name of each key it knows.
         images: What its networks see, unless the file says otherwise.
         drops: Patterns of keys that no model needs, and why.
@@ -129,13 +129,14 @@ class Format:
         like_config: Its convolutions are those of the config: same toolkit, same layers.
         preactivation: Norms stand in front of their convolutions.
         avg_down: Shortcuts pool by averages, which its keys do not tell.
+        statistics: A file with running statistics may be of this format.
         background_first: The background is class 0; in mmdet it is the last.
         notes: What no converter can carry over.
     """
 
     name: str
     what: str
-    is_it: Callable[[Iterable[str]], bool]
+    needs: tuple[str, ...]
     rename: Callable[[Mapping[str, Tensor]], dict[str, str]]
     images: Images = IMAGES["imagenet"]
     drops: tuple[tuple[str, str], ...] = ()
@@ -143,8 +144,20 @@ class Format:
     like_config: bool = False
     preactivation: bool = False
     avg_down: bool = False
+    statistics: bool = True
     background_first: bool = False
     notes: tuple[str, ...] = ()
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Return those of its needs that no key meets."""
+        keys = list(keys)
+        return [pattern for pattern in self.needs if not any(re.fullmatch(pattern, key) for key in keys)]
+
+    def is_it(self, keys: Iterable[str]) -> bool:
+        """Tell it by the keys."""
+        keys = list(keys)
+        wrong = not self.statistics and any(key.endswith("running_mean") for key in keys)
+        return not wrong and not self.missing(keys)
 
 
 # ---- torch's own state dicts: torchvision's, timm's, mmdet's and mmaction2's names
@@ -291,18 +304,6 @@ _RESNET_V2_TIMM = (  # conv1, norm1, conv2, ... of the stem are a sequence with 
 # ---- the formats
 
 
-def _has(*patterns: str) -> Callable[[Iterable[str]], bool]:
-    def is_it(keys: Iterable[str]) -> bool:
-        keys = list(keys)
-        return all(any(re.fullmatch(pattern, key) for key in keys) for pattern in patterns)
-
-    return is_it
-
-
-def _without_statistics(*patterns: str) -> Callable[[Iterable[str]], bool]:
-    return lambda keys: _has(*patterns)(keys) and not any(key.endswith("running_mean") for key in keys)
-
-
 _BOXES = (
     "boxes were one pixel larger in that code: for its exact boxes give the config LegacyAnchorGenerator, "
     "LegacyDeltaXYWHBBoxCoder and RoIAlign with aligned=False (mmdet's configs/legacy_1.x)"
@@ -313,7 +314,7 @@ FORMATS = {
         Format(
             "caffe2",
             "Detectron (Caffe2 names), also where Detectron2 keeps them",
-            _has(r"conv1_w", r"res2_0_branch2a_w"),
+            (r"conv1_w", r"res2_0_branch2a_w"),
             _by_table(_CAFFE2, r"(.+?)(?:_(gn|bn))?_([a-z]+)", lambda leaf: _LEAF.get(leaf, leaf)),
             IMAGES["detectron"],
             (
@@ -330,7 +331,7 @@ FORMATS = {
         Format(
             "detectron2",
             "Detectron2",
-            _has(r"(.*\.)?stem\.conv1\.weight", r"(.*\.)?res2\.0\.conv1\.weight"),
+            (r"(.*\.)?stem\.conv1\.weight", r"(.*\.)?res2\.0\.conv1\.weight"),
             _by_table(_DETECTRON2, r"(.+?)(\.norm)?\.(\w+)", str),
             IMAGES["detectron2"],
             (
@@ -342,7 +343,7 @@ FORMATS = {
         Format(
             "bit-npz",
             "google-research/big_transfer (.npz)",
-            _has(r"(resnet/)?root_block/standardized_conv2d/kernel"),
+            (r"(resnet/)?root_block/standardized_conv2d/kernel",),
             _bit_npz,
             IMAGES["bit"],
             ((r"(resnet/)?head/.*", _CLASSIFIER),),
@@ -352,17 +353,18 @@ FORMATS = {
         Format(
             "bit-timm",
             "timm's resnetv2_*_bit",
-            _without_statistics(r"stem\.conv\.weight", r"stages\.0\.blocks\.0\.norm1\.weight"),
+            (r"stem\.conv\.weight", r"stages\.0\.blocks\.0\.norm1\.weight"),
             _by_torch_names("backbone.", *_BIT_TIMM),
             IMAGES["bit"],
             ((r"head\..*", _CLASSIFIER),),
+            statistics=False,
             ws=Standardization(1e-8, 0, True),
             preactivation=True,
         ),
         Format(
             "resnetv2-timm",
             "timm's resnetv2_*d, with the deep stem",
-            _has(r"stem\.conv1\.weight", r"stages\.0\.blocks\.0\.norm1\.weight"),
+            (r"stem\.conv1\.weight", r"stages\.0\.blocks\.0\.norm1\.weight"),
             _by_torch_names("backbone.", *_RESNET_V2_TIMM),
             IMAGES["bit"],
             ((r"head\..*", _CLASSIFIER),),
@@ -372,7 +374,7 @@ FORMATS = {
         Format(
             "mmdet1",
             "mmdet 1.x detectors, Howal/Cross-iterationBatchNorm among them",
-            _has(r"(module\.)?backbone\.conv1\.weight", r"(module\.)?bbox_head\.fc_cls\.weight"),
+            (r"(module\.)?backbone\.conv1\.weight", r"(module\.)?bbox_head\.fc_cls\.weight"),
             _by_torch_names("", (r"^(bbox_head|mask_head|shared_head)\.", r"roi_head.\1.")),
             like_config=True,
             background_first=True,
@@ -381,14 +383,14 @@ FORMATS = {
         Format(
             "mmdet",
             "mmdet 2 and 3, mmaction2: whole models",
-            _has(r"(module\.)?backbone\..*conv1\..*weight"),
+            (r"(module\.)?backbone\..*conv1\..*weight",),
             _by_torch_names(""),
             like_config=True,
         ),
         Format(
             "mmdet-backbone",
             "open-mmlab:// backbones with a norm called gn, such as detectron/resnet50_gn",
-            _has(r"conv1\.weight", r"gn1\.weight", r"layer1\.0\.conv1\.weight"),
+            (r"conv1\.weight", r"gn1\.weight", r"layer1\.0\.conv1\.weight"),
             _by_torch_names("backbone."),
             drops=_HEADLESS,
             like_config=True,
@@ -396,15 +398,16 @@ FORMATS = {
         Format(
             "jhu",
             "joe-siyuan-qiao/pytorch-classification, GN and standardized weights",
-            _without_statistics(r"module\.conv1\.weight", r"module\.layer1\.0\.conv1\.weight"),
+            (r"module\.conv1\.weight", r"module\.layer1\.0\.conv1\.weight"),
             _by_torch_names("backbone."),
             drops=_HEADLESS,
+            statistics=False,
             ws=WS,
         ),
         Format(
             "torchvision",
             "torchvision's and timm's ResNets",
-            _has(r"(module\.)?conv1\.(0\.)?weight", r"(module\.)?layer1\.0\.conv1\.weight"),
+            (r"(module\.)?conv1\.(0\.)?weight", r"(module\.)?layer1\.0\.conv1\.weight"),
             _torchvision,
             drops=_HEADLESS,
         ),
@@ -488,8 +491,10 @@ def _detected(keys: list[str]) -> Format:
     for format in FORMATS.values():
         if format.is_it(keys):
             return format
+    partly = [f for f in FORMATS.values() if 0 < len(f.missing(keys)) < len(f.needs)]
+    nearly = "".join(f" It would be {f.name} with a key {' and '.join(f.missing(keys))}." for f in partly)
     raise ValueError(
-        f"The keys of this checkpoint are those of no known format: {', '.join(keys[:8])}, ... Known are "
+        f"The keys of this checkpoint are those of no known format: {', '.join(keys[:8])}, ...{nearly} Known are "
         + "; ".join(f"{format.name} ({format.what})" for format in FORMATS.values())
         + "."
     )
