@@ -1,6 +1,7 @@
 """Reports: written once in Markdown, published as Markdown, PNG and one HTML file that needs no network."""
 
 import base64
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from markdown_it import MarkdownIt
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "markdown_table"]
+__all__ = ["Report", "markdown_table", "write_json"]
 
 _NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+")
 _NOTHING = {"", "-", "–", "failed"}
@@ -108,6 +109,13 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
         lines.append("| " + " | ".join(padded) + " |")
     rule = ("-" * (w + 1) + ":" if r else "-" * (w + 2) for w, r in zip(widths, right, strict=True))
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write numbers for programs to read, null for NaN and infinity, which JSON has not; return the path."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    path.write_text(json.dumps(plain, indent=1) + "\n")
+    return path
 
 
 def _is_number(cell: str) -> bool:

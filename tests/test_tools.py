@@ -96,10 +96,43 @@ def made_up_scalars(work_dir, ap):
         Path(folder, "scalars.json").write_text("\n".join(map(json.dumps, lines)))
 
 
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(tmp_path):
+    """mmdet then logs no metric, and a classifier always has one."""
+    made_up_scalars(tmp_path, 0.5)
+    file = tmp_path / "20260101_00000b" / "vis_data" / "scalars.json"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, '{"data_time": 0.002, "time": 0.025, "step": 3}']))
+    outcome = training_runs.read_scalars(tmp_path, "detection")
+    assert outcome.metrics == {"coco/bbox_mAP": 0, "coco/segm_mAP": 0}
+    assert outcome.evaluations[1][1]["coco/bbox_mAP"] == 0.5
+    with pytest.raises(RuntimeError, match="no acc/top1 and no acc/top5"):
+        training_runs.read_scalars(tmp_path, "video")
+
+
+def test_a_log_that_was_cut_off(tmp_path):
+    made_up_scalars(tmp_path, 0.5)
+    file = tmp_path / "20260101_00000a" / "vis_data" / "scalars.json"
+    whole = file.read_text()
+    file.write_text(whole[:-9])  # killed while it wrote; the resumed training has it again
+    assert training_runs.read_scalars(tmp_path, "detection").metrics["coco/bbox_mAP"] == 0.5
+    file.write_text(f"{whole[9:]}")
+    with pytest.raises(RuntimeError, match=r"Line 1 of .*scalars\.json"):
+        training_runs.read_scalars(tmp_path, "detection")
+
+
+def test_reports_are_json_with_a_loss_that_is_none(tmp_path):
+    run = made_up_run("GN", 0, 0.3, tmp_path)
+    run.outcome.losses[0] = (1, float("nan"))
+    args = argparse.Namespace(task="detection", norms=["GN"], seeds=1, device="cpu", work_dir=tmp_path)
+    _, paths = quickstart.write_report([run], args, 1.0)
+    facts = json.loads(paths[-1].read_text(), parse_constant=pytest.fail)
+    assert facts["runs"][0]["outcome"]["losses"][0] == [1, None]
+
+
 def made_up_run(norm, seed, ap, tmp_path):
     run = quickstart.Run(norm, seed, f"{norm}.py", str(tmp_path / f"{norm}{seed}"), parameters=1234567)
     made_up_scalars(Path(run.work_dir), ap)
-    run.outcome = training_runs.read_scalars(Path(run.work_dir))
+    run.outcome = training_runs.read_scalars(Path(run.work_dir), "detection")
     run.outcome.peak_memory_mb = 100.0 + seed
     return run
 
@@ -142,7 +175,7 @@ def test_training_is_followed_to_its_end(tool, tmp_path):
     assert training.fraction == 0
     finish(training)
     assert (training.iterations, training.total, training.fraction) == (120, 200, 0.6)
-    outcome = training.outcome()
+    outcome = training.outcome("detection")
     assert outcome.metrics["coco/bbox_mAP"] == 0.5
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts what there was before the exec
     assert 1 < outcome.peak_memory_mb <= max(own, 100)  # of a python that does nothing
@@ -152,11 +185,11 @@ def test_failed_training_shows_its_log(tool):
     training = tool("sys.exit('no such norm')")
     finish(training)
     with pytest.raises(RuntimeError, match=r"(?s)exit code 1; the end of .*run\.log:.*no such norm"):
-        training.outcome()
+        training.outcome("detection")
     training = tool("pass")
     finish(training)
     with pytest.raises(RuntimeError, match="ended without an evaluation"):
-        training.outcome()
+        training.outcome("detection")
 
 
 def test_killed_training_leaves_no_process(tool, tmp_path):

@@ -7,7 +7,6 @@ Exit code: 0 all runs finished; 1 some failed, named on stderr; 2 wrong argument
 """
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab import training_runs
 from normplug.openmmlab.training_runs import NORMS, TASKS, Outcome, Training, spread
-from normplug.reporting import Report, markdown_table
+from normplug.reporting import Report, markdown_table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"detection": "mask-rcnn_r18_fpn_{}_digits.py", "video": "i3d_r18_{}_digits.py"}
@@ -91,7 +90,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def execute(run: Run, env: dict[str, str], progress: Progress, bar) -> None:
+def execute(run: Run, task: str, env: dict[str, str], progress: Progress, bar) -> None:
     """Train, moving the bar."""
     training = Training(run.command, Path(run.work_dir), run.epochs, env)
     try:
@@ -101,7 +100,7 @@ def execute(run: Run, env: dict[str, str], progress: Progress, bar) -> None:
     finally:
         training.kill()
     try:
-        run.outcome = training.outcome()
+        run.outcome = training.outcome(task)
     except RuntimeError as error:
         run.failed = str(error)
 
@@ -173,8 +172,7 @@ def write_report(runs: list[Run], args: argparse.Namespace, seconds: float) -> t
         report.figure(draw(runs, args), "curves", "Training loss over iterations, and the metrics after each epoch.")
     report.facts(facts | {f"failed: {r.norm}, seed {r.seed}": r.failed.splitlines()[0] for r in runs if r.failed})
     paths = report.write(args.work_dir)
-    data = args.work_dir / "report.json"
-    data.write_text(json.dumps({**facts, "runs": [asdict(r) for r in runs]}, indent=1))
+    data = write_json(args.work_dir / "report.json", {**facts, "runs": [asdict(r) for r in runs]})
     return markdown_table(rows), [*paths, data]
 
 
@@ -197,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = progress.add_task("all runs", total=len(runs))
         for run in runs:
             bar = progress.add_task(f"{run.norm} seed {run.seed}", total=None)
-            execute(run, env, progress, bar)
+            execute(run, args.task, env, progress, bar)
             progress.remove_task(bar)
             progress.advance(total)
             names = TASKS[args.task] if not run.failed else []

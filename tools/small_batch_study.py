@@ -39,7 +39,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab import training_runs
 from normplug.openmmlab.training_runs import NORMS, TASKS, Outcome, Training, spread
-from normplug.reporting import Report, markdown_table
+from normplug.reporting import Report, markdown_table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB_PER_JOB = 4  # what a training of the quick preset may need on a CPU
@@ -367,7 +367,7 @@ class Study:
         del self._running[cell]
         self._free.append(slot)
         try:
-            self.results[cell] = store(cell, training.outcome(), time.time() - start, slot[1] != "cpu")
+            self.results[cell] = store(cell, training.outcome(cell.part.task), time.time() - start, slot[1] != "cpu")
         except RuntimeError as error:
             self.failed[cell] = str(error)
         return True
@@ -468,13 +468,11 @@ def write_report(args: argparse.Namespace, study: Study, seconds: float) -> list
     report.heading("How it was made")
     report.facts(facts | {f"failed: {cell}": text.splitlines()[0] for cell, text in study.failed.items()})
     paths = report.write(args.work_dir)
-    data = args.work_dir / "report.json"
     records = [
         {"task": c.part.task, "norm": c.norm, "batch_size": c.batch_size, "seed": c.seed, **settings(c), **result}
         for c, result in study.results.items()
     ]
-    data.write_text(json.dumps({**facts, "cells": records}, indent=1))
-    return [*paths, data]
+    return [*paths, write_json(args.work_dir / "report.json", {**facts, "cells": records})]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

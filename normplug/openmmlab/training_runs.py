@@ -137,8 +137,11 @@ class Training:
             self._child.wait()
             self._lines.close()
 
-    def outcome(self) -> Outcome:
+    def outcome(self, task: str) -> Outcome:
         """Return the result of a training that has ended.
+
+        Args:
+            task: Key of `TASKS`.
 
         Raises:
             RuntimeError: If it failed; the message ends with the end of its log.
@@ -146,21 +149,27 @@ class Training:
         if code := self._child.returncode:
             tail = "".join(f"    {line}\n" for line in self._log.read_text(errors="replace").splitlines()[-12:])
             raise RuntimeError(f"exit code {code}; the end of {self._log}:\n{tail}")
-        outcome = read_scalars(self.work_dir)
+        outcome = read_scalars(self.work_dir, task)
         if math.isnan(outcome.peak_memory_mb):
             outcome.peak_memory_mb = self._peak_memory_mb
         return outcome
 
 
-def read_scalars(work_dir: Path) -> Outcome:
+def read_scalars(work_dir: Path, task: str) -> Outcome:
     """Return what mmengine logged in a work dir; where a resumed training repeats a step, the later line counts.
 
+    A detector that finds nothing, as a diverged one, has AP 0: mmdet logs no metric then.
+
+    Args:
+        work_dir: Of one training.
+        task: Key of `TASKS`.
+
     Raises:
-        RuntimeError: If there is no evaluation in the log.
+        RuntimeError: If there is no evaluation in the log, or one without the task's metrics.
     """
     outcome, losses, evaluations, times = Outcome(), {}, {}, []
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for entry in map(json.loads, file.read_text().splitlines()):
+        for entry in _entries(file):
             if "loss" in entry:
                 losses[entry["step"]] = entry["loss"]
                 times.append(entry["time"])
@@ -170,10 +179,30 @@ def read_scalars(work_dir: Path) -> Outcome:
                 evaluations[entry["step"]] = {k: v for k, v in entry.items() if "/" in k}
     if not evaluations:
         raise RuntimeError(f"The training ended without an evaluation: none in {work_dir}/*/vis_data/scalars.json.")
+    for metrics in evaluations.values():
+        lacking = [key for key, _ in TASKS[task] if key not in metrics]
+        if lacking and (metrics or task != "detection"):
+            raise RuntimeError(
+                f"An evaluation has no {' and no '.join(lacking)}: see {work_dir}/*/vis_data/scalars.json."
+            )
+        metrics |= dict.fromkeys(lacking, 0.0)
     outcome.losses, outcome.evaluations = sorted(losses.items()), sorted(evaluations.items())
-    outcome.seconds_per_iter = statistics.median(times)
+    outcome.seconds_per_iter = statistics.median(times) if times else math.nan
     outcome.metrics = outcome.evaluations[-1][1]
     return outcome
+
+
+def _entries(file: Path) -> list[dict]:
+    """Return what a log holds; a last line that was cut off, as a kill does, is not in it."""
+    entries = []
+    lines = file.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RuntimeError(f"Line {number} of {file} is not one that mmengine writes ({error}).") from error
+    return entries
 
 
 def stretch_schedule(cfg: Config, epochs: int) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """The report of a comparison: tables, figures, and all numbers as JSON."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from normplug.openmmlab.comparison.bootstrap import FEWEST, Difference
 from normplug.openmmlab.comparison.norms import Filters, Norm, Summary, part_of
 from normplug.openmmlab.comparison.run import Comparison
-from normplug.reporting import Report, markdown_table
+from normplug.reporting import Report, markdown_table, write_json
 
 __all__ = ["brief", "write"]
 
@@ -45,9 +44,7 @@ def write(comparison: Comparison, folder: Path, facts: Mapping[str, Any]) -> lis
     report.heading("How this was made")
     report.facts({name: value for name, value in facts.items() if value is not None})
     paths = report.write(folder)
-    numbers = folder / "report.json"
-    numbers.write_text(json.dumps(_plain(_numbers(comparison, facts)), indent=1))
-    return [*paths, numbers]
+    return [*paths, write_json(folder / "report.json", _numbers(comparison, facts))]
 
 
 def _lead(comparison: Comparison) -> str:
@@ -386,8 +383,3 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
         "norms": [[asdict(norm) for norm in side] for side in comparison.norms],
         "filters": [[asdict(f) for f in side] for side in comparison.filters],
     }
-
-
-def _plain(value: Any) -> Any:
-    """Return a value without NaN and infinity, which JSON has not."""
-    return json.loads(json.dumps(value), parse_constant=lambda _: None)
