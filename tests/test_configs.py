@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
 
 import normplug  # noqa: F401
@@ -324,6 +324,28 @@ def test_silu_is_behind_every_norm_and_every_sum_of_its_configs(norm):
     assert all(now[f"backbone.layer{i}.0.relu"] == "SiLU" for i in (1, 2, 3, 4))
     assert not any(isinstance(m, nn.SiLU) for m in silu.neck.modules())
     assert sum(isinstance(m, nn.SiLU) for m in silu.modules()) == len(places) - 2
+
+
+FRN = [file for file in EXPERIMENTS if "_frn" in file.stem and file.parent.name != "digits"]
+
+
+@pytest.mark.parametrize("file", FRN, ids=lambda f: f.stem)
+def test_frn_warms_up_for_an_epoch(file):
+    """It needs that at any batch size; the toolkits' 500 iterations are a fifteenth of one at 16 images."""
+    cfg = load(file)
+    warm_up = cfg.param_scheduler[0]
+    assert warm_up.type == "LinearLR"
+    if warm_up.by_epoch:
+        assert warm_up.end >= 1
+        assert warm_up.convert_to_iter_based  # or it would be one step
+    else:
+        assert warm_up.end >= 117266 / cfg.auto_scale_lr.base_batch_size  # images of train2017 with objects
+
+
+def test_precise_bn_is_in_the_recipe_that_has_it():
+    cfg = load(CONFIGS / "mask_rcnn" / "mask-rcnn_r50-caffe_fpn_syncbn-all_ms-3x_coco.py")
+    (hook,) = (HOOKS.build(hook) for hook in cfg.custom_hooks)
+    assert (type(hook).__name__, hook.num_batches) == ("PreciseBNHook", 200)
 
 
 def test_burn_in_of_cbn_is_eight_epochs():

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cases import unpadded
 from mmengine.config import Config
-from mmengine.registry import VISUALIZERS, init_default_scope
+from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS, init_default_scope
 
 from normplug.openmmlab import cli, training_runs
 
@@ -179,6 +180,19 @@ def test_training_is_followed_to_its_end(tool, tmp_path):
     assert outcome.metrics["coco/bbox_mAP"] == 0.5
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts what there was before the exec
     assert 1 < outcome.peak_memory_mb <= max(own, 100)  # of a python that does nothing
+
+
+@pytest.mark.parametrize("epochs", [1, 6, 24])
+def test_a_stretched_schedule_is_one_that_mmengine_takes(epochs):
+    warm_up = dict(type="LinearLR", start_factor=0.1, by_epoch=True, begin=0, end=1, convert_to_iter_based=True)
+    cosine = dict(type="CosineAnnealingLR", by_epoch=True, begin=1, end=12, T_max=11)
+    steps = dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11])
+    cfg = Config(dict(train_cfg=dict(max_epochs=12), param_scheduler=[warm_up, cosine, steps]))
+    cfg.merge_from_dict(training_runs.stretch_schedule(cfg, epochs))
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[2].end == epochs
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    for scheduler in cfg.param_scheduler:
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=optimizer, epoch_length=10))
 
 
 def test_failed_training_shows_its_log(tool):

@@ -1,8 +1,8 @@
 """Train the same model at several batch sizes with several norms, and draw error against batch size.
 
 The figure that made Group Normalization known, for detection and video: within a row every cell sees the same number
-of samples, with a learning rate (and a warm-up) in proportion to its batch. A study that was stopped goes on where it
-was when the same command is given again; cells that are finished are not run again.
+of samples, with a learning rate in proportion to its batch. A study that was stopped goes on where it was when the same
+command is given again; cells that are finished are not run again.
 
     quick     digits, detection and video, about half an hour on two CPU cores
     coco      Mask R-CNN R50-FPN on COCO, configs/small_batch/, 8 GPUs for each training
@@ -454,8 +454,8 @@ def write_report(args: argparse.Namespace, study: Study, seconds: float) -> list
     }
     report = Report(
         "Error against batch size",
-        "Within a figure every training sees the same number of samples; learning rate and warm-up are in proportion "
-        "to the batch. Metrics in %, after the last epoch, mean ± standard deviation over the seeds.",
+        "Within a figure every training sees the same number of samples, at a learning rate in proportion to its "
+        "batch. Metrics in %, after the last epoch, mean ± standard deviation over the seeds.",
     )
     for part in args.parts:
         report.heading(f"{part.task.capitalize()}: configs/{part.pattern}")

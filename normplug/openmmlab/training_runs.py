@@ -212,9 +212,10 @@ def stretch_schedule(cfg: Config, epochs: int) -> dict[str, object]:
     for i, scheduler in enumerate(cfg.param_scheduler):
         if not scheduler.get("by_epoch", True):
             continue  # a warm-up counted in iterations stays what it is
-        for key in ("begin", "end", "T_max"):
+        begin = round(scheduler.get("begin", 0) * ratio)
+        for key, least in (("begin", 0), ("end", begin + 1), ("T_max", 1)):  # mmengine refuses those of no length
             if key in scheduler:
-                options[f"param_scheduler.{i}.{key}"] = round(scheduler[key] * ratio)
+                options[f"param_scheduler.{i}.{key}"] = max(least, round(scheduler[key] * ratio))
         if "milestones" in scheduler:
             options[f"param_scheduler.{i}.milestones"] = [max(1, round(m * ratio)) for m in scheduler.milestones]
     return options
