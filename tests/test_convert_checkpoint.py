@@ -865,6 +865,9 @@ def test_wrong_files(run, tmp_path):
     lost = state_of(ResNet(BasicBlock, (2, 2, 2, 2)))
     del lost["layer1.0.conv1.weight"]
     run(lost, cfg, fails=r"would be torchvision with a key .*layer1\\.0\\.conv1\\.weight")
+    parallel = {f"module.{key}": value for key, value in lost.items()}
+    _, told = run(parallel, cfg, fails="would be torchvision with a key")
+    assert "would be jhu" not in told  # its networks have no running statistics
     cfg.model.backbone.colour = "blue"
     run(lost | {"layer1.0.conv1.weight": torch.ones(1)}, cfg, fails="model cannot be built: .*colour")
     del cfg.model.backbone["colour"]

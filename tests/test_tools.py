@@ -116,7 +116,7 @@ def test_a_log_that_was_cut_off(tmp_path):
     whole = file.read_text()
     file.write_text(whole[:-9])  # killed while it wrote; the resumed training has it again
     assert training_runs.read_scalars(tmp_path, "detection").metrics["coco/bbox_mAP"] == 0.5
-    file.write_text(f"{whole[9:]}")
+    file.write_text(whole[9:])
     with pytest.raises(RuntimeError, match=r"Line 1 of .*scalars\.json"):
         training_runs.read_scalars(tmp_path, "detection")
 

@@ -398,30 +398,29 @@ def _inflate(source: Source, target: _Target) -> None:
 def _fill(source: Source, target: _Target, result: Conversion, allow_unset: tuple[str, ...]) -> None:
     """Bring source and target together, and refuse whatever does not match."""
     _check_kinds(source, target)
-    unset, shapes, used = [], [], set()
+    unset, shapes = [], []
     for name in target.names:
         key, like = target.key(name), target.tensor(name)
-        weight = source.weights.get(name)
-        if weight is None and name.endswith(_STATE_OF_TRAINING):
-            result.state_dict[key] = torch.zeros_like(like)
-            result.rows.append(("", key, _shape(like), "starts at 0"))
-        elif weight is None or weight.tensor.shape != like.shape:
-            allowed = any(fnmatchcase(key, pattern) for pattern in allow_unset)
-            if allowed:
+        allowed = any(fnmatchcase(key, pattern) for pattern in allow_unset)
+        if (weight := source.weights.get(name)) is None:
+            if name.endswith(_STATE_OF_TRAINING):
+                result.state_dict[key] = torch.zeros_like(like)
+                result.rows.append(("", key, _shape(like), "starts at 0"))
+            elif allowed:
                 result.unset.append(key)
-            elif weight is None:
-                unset.append(f"{key} {_shape(like)}")
             else:
-                origin = ", ".join(weight.keys)
-                shapes.append(f"{key}: {_shape(like)} in the model, {_shape(weight.tensor)} from {origin}")
-            if weight is not None:
-                used.add(name)
-                result.dropped |= dict.fromkeys(weight.keys, "of another shape than the model's, which may stay unset")
-        else:
-            used.add(name)
+                unset.append(f"{key} {_shape(like)}")
+            continue
+        origin = ", ".join(weight.keys)
+        if weight.tensor.shape == like.shape:
             result.state_dict[key] = weight.tensor.to(like.dtype).contiguous().clone()
-            result.rows.append((", ".join(weight.keys), key, _shape(weight.tensor), "; ".join(weight.done)))
-    left = {key: name for name, weight in source.weights.items() if name not in used for key in weight.keys}
+            result.rows.append((origin, key, _shape(weight.tensor), "; ".join(weight.done)))
+        elif allowed:
+            result.unset.append(key)
+            result.dropped |= dict.fromkeys(weight.keys, "of another shape than the model's, which may stay unset")
+        else:
+            shapes.append(f"{key}: {_shape(like)} in the model, {_shape(weight.tensor)} from {origin}")
+    left = {key: name for name, weight in source.weights.items() if name not in target.names for key in weight.keys}
     result.dropped |= {key: "a counter of training" for key, name in left.items() if name.endswith(_STATE_OF_TRAINING)}
     unused = [key for key in left if key not in result.dropped]
     problems = (

@@ -149,15 +149,15 @@ class Format:
     notes: tuple[str, ...] = ()
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Return those of its needs that no key meets."""
+        """Return those of its needs that no key meets; all of them if the keys rule it out."""
         keys = list(keys)
+        if not self.statistics and any(key.endswith("running_mean") for key in keys):
+            return list(self.needs)
         return [pattern for pattern in self.needs if not any(re.fullmatch(pattern, key) for key in keys)]
 
     def is_it(self, keys: Iterable[str]) -> bool:
         """Tell it by the keys."""
-        keys = list(keys)
-        wrong = not self.statistics and any(key.endswith("running_mean") for key in keys)
-        return not wrong and not self.missing(keys)
+        return not self.missing(keys)
 
 
 # ---- torch's own state dicts: torchvision's, timm's, mmdet's and mmaction2's names
