@@ -7,12 +7,15 @@ import resource
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import unpadded
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, VISUALIZERS, init_default_scope
+from mmengine.runner import Runner
 
 from normplug.openmmlab import cli, training_runs
 
@@ -231,3 +234,14 @@ def test_environment_counts_the_visible_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     assert training_runs.environment("1,2")["CUDA_VISIBLE_DEVICES"] == "5,7"
     assert training_runs.environment("auto")["CUDA_VISIBLE_DEVICES"] == "4,5,7"
+
+
+def test_training_needs_no_seed(tmp_path, monkeypatch):
+    """Nor does a config: those for COCO and Kinetics name none."""
+    runners = []
+    monkeypatch.setattr(train_tool, "build_runner", lambda cfg: runners.append(cfg) or SimpleNamespace(train=list))
+    config = tmp_path / "c.py"
+    config.write_text("optim_wrapper = dict(type='OptimWrapper')\n")
+    assert train_tool.main([str(config), "--work-dir", str(tmp_path), "--deterministic"]) == 0
+    assert runners[0].randomness == dict(seed=None, deterministic=True)
+    Runner.set_randomness(Mock(), **runners[0].randomness)

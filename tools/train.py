@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg.load_from = None if args.resume == "auto" else args.resume
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    randomness = dict(cfg.get("randomness") or {})
+    randomness = {"seed": None, **(cfg.get("randomness") or {})}  # mmengine draws a seed for None, and needs the key
     if args.seed is not None:
         randomness["seed"] = args.seed
     for flag in ("diff_rank_seed", "deterministic"):
