@@ -21,7 +21,10 @@ TOOLKITS = [
     "scikit-learn",
     "tensorboard",
 ]
+MMSEG = ["mmsegmentation==1.2.2", "ftfy", "regex"]  # it imports the last two and does not say so
+MMPRETRAIN = ["mmpretrain==1.2.0"]
 TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
+TEST += [*MMSEG, *MMPRETRAIN]
 # Tools for a training and its result; the others are for this repository.
 TOOLS = ["train.py", "test.py", "_dist.sh", "dist_train.sh", "dist_test.sh", "slurm_train.sh", "quickstart.py"]
 TOOLS += ["make_digits.py", "small_batch_study.py", "compare_checkpoints.py", "convert_checkpoint.py"]
@@ -50,6 +53,8 @@ setup(
     extras_require={
         "openmmlab": TOOLKITS if has_full_mmcv else ["mmcv-lite==2.1.0", *TOOLKITS],
         "toolkits": TOOLKITS,  # for installers that build elsewhere (uv): never brings an mmcv
+        "mmseg": MMSEG,
+        "mmpretrain": MMPRETRAIN,
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "pre-commit"],
     },

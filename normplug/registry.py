@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import normplug.layers as layers
-from normplug.openmmlab import adapt, close_gaps, register_hooks
+from normplug.openmmlab import adapt, close_gaps, register_hooks, replacement
 
 __all__ = ["TAKEN_OVER", "config_names", "register_all"]
 
@@ -24,8 +24,8 @@ def config_names(layer: type[nn.Module]) -> tuple[str, ...]:
 def register_all(override: bool = True) -> None:
     """Register every layer in mmengine's root ``MODELS``, where mmdet, mmaction2 and the others find it.
 
-    And have every model that a registry builds adapted to the layers in it (``normplug.openmmlab.adapt``), and
-    our hooks known by name.
+    And have every model that a registry builds adapted to the layers in it (``normplug.openmmlab.adapt``), its norms
+    replaced where its config says so (``normplug.replace_norm``), and our hooks known by name.
 
     Called when ``normplug`` is imported; calling it again does nothing more. Names are looked up in the scope
     of a toolkit first and then in the root, so one registration serves all toolkits.
@@ -43,6 +43,7 @@ def register_all(override: bool = True) -> None:
         for name in config_names(layer):
             _register(name, layer, override)
     adapt.install()
+    replacement.install()
     register_hooks()
 
 

@@ -454,8 +454,11 @@ def test_every_registry_adapts_once():
     install()
     child = Registry("model", parent=MODELS, scope="made_later")
     for registry in (MODELS, child, *MODELS.children.values()):
-        assert registry.build_func.adapts
-        assert not hasattr(registry.build_func.__wrapped__, "adapts")
+        layers, build = [], registry.build_func
+        while hasattr(build, "__wrapped__"):
+            layers.append(build.__code__.co_name)
+            build = build.__wrapped__
+        assert layers == ["build_and_replace", "build_and_adapt"]
     MODELS.children.pop("made_later")
 
 

@@ -492,7 +492,7 @@ def test_the_hook_speaks_before_anything_is_loaded(tmp_path):
         with pytest.raises(ValueError, match=r"GroupNorm 'gn'.*'bn'"):
             call(str(tmp_path / "bn.pth"))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    wrapped = SimpleNamespace(model=nn.DataParallel(model))
+    wrapped = SimpleNamespace(model=nn.DataParallel(model), _resume=False)
     with pytest.raises(ValueError, match=r"GroupNorm 'gn'.*'bn'"):
         CheckpointNormHook().after_load_checkpoint(wrapped, {"state_dict": bn})
     torch.save(before, tmp_path / "gn.pth")  # bare weights

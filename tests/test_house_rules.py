@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "bench": ({"", "bench", "layers", "ops", "reporting"}, {"mmcv"}),
     "reporting.py": (set(), set()),
     "registry.py": ({"layers", "openmmlab"}, {"mmengine", "mmcv"}),
-    "__init__.py": ({"layers", "ops", "registry", "_version"}, set()),
+    "__init__.py": ({"layers", "openmmlab", "ops", "registry", "_version"}, set()),
     "__main__.py": ({"", "bench", "layers", "registry", "reporting"}, set()),
     "_version.py": (set(), set()),
 }

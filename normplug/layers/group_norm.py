@@ -27,7 +27,7 @@ class GroupNorm(nn.GroupNorm):
 
     Args:
         num_channels: Number of channels C.
-        num_groups: Number of groups G; 32 if neither size is named.
+        num_groups: Number of groups G; 32 if neither size is named. 'auto' is the largest divisor of C up to 32.
         channels_per_group: Size of a group, C / G, instead of num_groups.
         eps: Added to the variance, inside the root.
         affine: Learn weight and bias per channel.
@@ -57,7 +57,7 @@ class GroupNorm(nn.GroupNorm):
     def __init__(
         self,
         num_channels: int,
-        num_groups: int | None = DEFAULT_GROUPS,
+        num_groups: int | str | None = DEFAULT_GROUPS,
         channels_per_group: int | None = None,
         eps: float = 1e-5,
         affine: bool = True,
@@ -95,7 +95,11 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-def choose_groups(name: str, num_channels: int, num_groups: int | None, channels_per_group: int | None) -> int:
+class GroupsError(ValueError):
+    """Groups that do not divide the channels."""
+
+
+def choose_groups(name: str, num_channels: int, num_groups: int | str | None, channels_per_group: int | None) -> int:
     """Return the number of groups that one of the two arguments asks for."""
     if channels_per_group is not None and num_groups is DEFAULT_GROUPS:
         num_groups = None
@@ -104,14 +108,20 @@ def choose_groups(name: str, num_channels: int, num_groups: int | None, channels
             f"{name} takes exactly one of num_groups and channels_per_group, but got num_groups={num_groups} and "
             f"channels_per_group={channels_per_group}. Give one, for example num_groups=32."
         )
+    if num_groups == "auto":
+        return max(d for d in range(1, DEFAULT_GROUPS + 1) if num_channels % d == 0)
     by_size = num_groups is None
     request = channels_per_group if by_size else num_groups
+    if isinstance(request, str):
+        raise ValueError(
+            f"{name} got num_groups={request!r}; expected a number or 'auto', the largest divisor up to 32."
+        )
     if request < 1 or num_channels % request:
         divisors = [d for d in range(1, num_channels + 1) if num_channels % d == 0]
         default = " (the default)" if num_groups is DEFAULT_GROUPS else ""
-        raise ValueError(
+        raise GroupsError(
             f"{name} with {num_channels} channels cannot have "
             f"{'channels_per_group' if by_size else 'num_groups'}={request}{default}: it must divide "
-            f"{num_channels}. These do: {divisors}."
+            f"{num_channels}. These do: {divisors}; num_groups='auto' takes the largest up to 32."
         )
     return int(num_channels // request if by_size else request)

@@ -36,7 +36,16 @@ from torch.utils.checkpoint import checkpoint
 from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
 from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
 
-__all__ = ["ActivationInNorm", "adapt", "fuse_activations", "install"]
+__all__ = [
+    "ActivationInNorm",
+    "adapt",
+    "derive",
+    "fuse_activations",
+    "install",
+    "is_toolkits",
+    "owner_of",
+    "registries",
+]
 
 # Not mmengine: the classes that users write derive from its BaseModule too.
 TOOLKITS = frozenset(MODULE2PACKAGE) | {"mmcv"}
@@ -77,9 +86,9 @@ def adapt(model: nn.Module) -> nn.Module:
         if any(map(_can_activate, module.children())) or isinstance(module, _residual_blocks_3d()):
             _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
-            _derive(module, FreezesEveryStatistic)
+            derive(module, FreezesEveryStatistic)
         if isinstance(module, _imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
-            _derive(module, InflatesEveryNorm)
+            derive(module, InflatesEveryNorm)
     if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
         standardize_together(model)
     return model
@@ -90,7 +99,7 @@ def install() -> None:
 
     Registries created later inherit this from their parent. Calling it again does nothing more.
     """
-    for registry in _family(MODELS):
+    for registry in registries(MODELS):
         if not hasattr(registry.build_func, "adapts"):
             registry.build_func = _adapting(registry.build_func)
     CheckpointLoader.register_scheme("detectron-as-rgb://", load_from_detectron_as_rgb, force=True)
@@ -101,8 +110,8 @@ def install() -> None:
 
 def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
     """Let every norm among ``module``'s children do an activation that follows it, or drop its own."""
-    owner = _owner(path, root)
-    if not _is_toolkits(owner) or _places(owner):
+    owner = owner_of(path, root)
+    if not is_toolkits(owner) or _places(owner):
         return
     if isinstance(module, nn.Sequential):
         _place_in_sequence(module)
@@ -112,7 +121,7 @@ def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
         last = module.norm3 if hasattr(module, "conv3") else module.norm2
         if _activates(last):
             last.drop_activation()  # the sum follows it, then the ReLU
-        _derive(module, ActivatesInNorms)
+        derive(module, ActivatesInNorms)
     elif (
         _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet")
         or _keeps_forward(module, "mmdet.models.backbones.regnet", "RegNet")
@@ -185,9 +194,9 @@ def _choose_activations(model: nn.Module) -> None:
             if type(relu) is nn.ReLU:
                 setattr(module, name, _activation(act, relu))
     for path, module in model.named_modules():
-        owner = _owner(path, model)
+        owner = owner_of(path, model)
         norms = [norm for norm in module.children() if _chooses(norm)]
-        if not norms or not _is_toolkits(owner) or _places(owner):
+        if not norms or not is_toolkits(owner) or _places(owner):
             continue
         if isinstance(module, nn.Sequential):
             layers = [*module, None]
@@ -232,7 +241,7 @@ def _is_backbones(module: nn.Module) -> bool:
     """Whether this is a toolkit's backbone, or a block of one."""
     return (
         any(".models.backbones." in cls.__module__ for cls in type(module).__mro__)
-        and _is_toolkits(module)
+        and is_toolkits(module)
         and not _places(module)
     )
 
@@ -264,21 +273,21 @@ def fuse_activations(model: nn.Module, devices: Collection[str] = ("cuda",)) -> 
 
 
 def _let_norms_activate(module: nn.Module, path: str, root: nn.Module) -> None:
-    if not _is_toolkits(_owner(path, root)):
+    if not is_toolkits(owner_of(path, root)):
         return
     if type(module) is nn.Sequential and any(map(_can_be_fused, module)):
-        _derive(module, FusesInSequence)
+        derive(module, FusesInSequence)
     elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
         if _can_be_fused(getattr(module, "activate", None)) and tuple(module.order) == ("conv", "norm", "act"):
-            _derive(module, FusesInConvModule)
+            derive(module, FusesInConvModule)
     elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
-        _derive(module, ActivatesInNorms)
+        derive(module, ActivatesInNorms)
     elif _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet"):
-        _derive(module, FusesInStem)
+        derive(module, FusesInStem)
     elif _keeps_forward(module, "mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d"):
         last = module.conv3 if hasattr(module, "conv3") else module.conv2
         if _can_activate(getattr(last, "norm", None)) and not last.with_activation:
-            _derive(module, FusesInBlock3d)
+            derive(module, FusesInBlock3d)
 
 
 def _residual_blocks_3d() -> tuple[type, ...]:
@@ -400,7 +409,7 @@ class FreezesEveryStatistic:
 
 
 def _has_statistics_to_freeze(module: nn.Module) -> bool:
-    return hasattr(module, "norm_eval") and _is_toolkits(module) and any(map(_keeps_other_statistics, module.modules()))
+    return hasattr(module, "norm_eval") and is_toolkits(module) and any(map(_keeps_other_statistics, module.modules()))
 
 
 def _keeps_other_statistics(layer: nn.Module) -> bool:
@@ -414,11 +423,12 @@ def _is_ours(module: nn.Module) -> bool:
     return any(cls.__module__.startswith("normplug.layers.") for cls in type(module).__mro__)
 
 
-def _is_toolkits(module: nn.Module) -> bool:
+def is_toolkits(module: nn.Module) -> bool:
+    """Whether a class of OpenMMLab is among the module's."""
     return any(cls.__module__.partition(".")[0] in TOOLKITS for cls in type(module).__mro__)
 
 
-def _owner(path: str, root: nn.Module) -> nn.Module:
+def owner_of(path: str, root: nn.Module) -> nn.Module:
     """Return the module at ``path``, or for a container the nearest module around it that is none."""
     module = root.get_submodule(path)
     while path and isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -438,11 +448,11 @@ def _keeps_forward(module: nn.Module, where: str, *names: str) -> bool:
 
 
 def _stock(module: nn.Module) -> type:
-    """Return the class that a module had before ``_derive``."""
+    """Return the class that a module had before ``derive``."""
     return getattr(module, "_stock", type(module))
 
 
-def _derive(module: nn.Module, mixin: type) -> None:
+def derive(module: nn.Module, mixin: type) -> None:
     """Give one module the methods of ``mixin``: the same object, parameters and names, a class derived from its."""
     if not isinstance(module, mixin):
         module.__class__ = _derived((*getattr(module, "_mixins", ()), mixin), _stock(module))
@@ -470,10 +480,11 @@ def _empty(mixins: tuple[type, ...], stock: type) -> nn.Module:
 # --- the registries
 
 
-def _family(registry: Registry) -> Iterator[Registry]:
+def registries(registry: Registry) -> Iterator[Registry]:
+    """Yield a registry and all below it."""
     yield registry
     for child in registry.children.values():
-        yield from _family(child)
+        yield from registries(child)
 
 
 def _adapting(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
+from normplug.openmmlab.replacement import as_loaded
 
 __all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load", "load_pickle", "place"]
 
@@ -430,7 +431,9 @@ class CheckpointNormHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         weights = checkpoint.get("state_dict", checkpoint)
-        check_norms(model, {re.sub(r"^module\.", "", key): value for key, value in weights.items()})
+        weights = {re.sub(r"^module\.", "", key): value for key, value in weights.items()}
+        # Of a run that goes on, the optimizer's state would not fit norms that were replaced since.
+        check_norms(model, weights if runner._resume else as_loaded(model, weights))
 
 
 # ---- saving and resuming the message hub

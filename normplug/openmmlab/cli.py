@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
 from normplug.openmmlab.checkpoints import CheckpointNormHook
 from normplug.openmmlab.random_state import RandomStateHook
+from normplug.openmmlab.replacement import replace_norm
 
-__all__ = ["add_cfg_options", "build_runner", "config_parser", "load_config"]
+__all__ = ["add_cfg_options", "build_runner", "config_parser", "load_config", "parse_norm"]
 
 # What our tools add to every config: checkpoints of another norm are refused, resumed runs go on exactly.
 HOOKS_OF_OURS = (CheckpointNormHook.__name__, RandomStateHook.__name__)
@@ -25,6 +26,12 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("config", type=Path, help="config file")
     p.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/<name of the config>")
     add_cfg_options(p)
+    p.add_argument(
+        "--norm",
+        nargs="+",
+        metavar=("TYPE", "KEY=VALUE"),
+        help="replace every norm of the model, or those in where=..., such as: GN num_groups=auto where=backbone",
+    )
     p.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return p
@@ -48,6 +55,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: If there is no such file.
         ModuleNotFoundError: If the config imports a package that is not installed.
+        ValueError: If what --norm says is no norm_cfg.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not args.config.is_file():
@@ -60,6 +68,9 @@ def load_config(args: argparse.Namespace) -> Config:
             f'pip install -e ".[openmmlab]"'
         ) from error
     cfg.merge_from_dict(args.cfg_options)
+    if args.norm:
+        norm_cfg = parse_norm(args.norm)
+        replace_norm(cfg, norm_cfg, norm_cfg.pop("where", None))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
     hooks = cfg.get("custom_hooks") or []
@@ -68,6 +79,23 @@ def load_config(args: argparse.Namespace) -> Config:
     if find_spec("tensorboard"):
         add_tensorboard(cfg)
     return cfg
+
+
+def parse_norm(words: list[str]) -> dict:
+    """Return the norm_cfg, and perhaps ``where``, that the words of --norm stand for.
+
+    Raises:
+        ValueError: If the first is no norm, or another is not KEY=VALUE.
+    """
+    kind, *pairs = words
+    if "=" in kind or MODELS.get(kind) is None:
+        raise ValueError(
+            f"--norm begins with the name of a norm, such as GN, but got {kind!r}: python -m normplug list."
+        )
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--norm {kind} takes KEY=VALUE after the name, such as num_groups=32, but got {wrong[0]!r}.")
+    values = (pair.split("=", 1) for pair in pairs)
+    return {"type": kind, **{key: DictAction._parse_iterable(value) for key, value in values}}
 
 
 def add_tensorboard(cfg: Config) -> None:

@@ -1,17 +1,23 @@
 """A trained model with another norm than it was trained with, calibrated to start close to what it was."""
 
 import contextlib
-import inspect
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.openmmlab.adapt import ActivationInNorm, _is_toolkits, _owner, adapt
+from normplug.openmmlab.adapt import adapt
+from normplug.openmmlab.successors import (
+    LineFit,
+    activation_behind,
+    check_place,
+    is_same_function,
+    put,
+    successor,
+    without_act,
+)
 
 __all__ = ["convert_norm"]
 
@@ -72,17 +78,20 @@ def convert_norm(
         kinds = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
         raise ValueError(f"The model has no {source} to convert. Its norms are of class {', '.join(kinds) or 'none'}.")
     # What stands behind a norm now: adapt() takes some of these away.
-    activations = {name: _activation_behind(model, name) for name in old}
-    new = {name: _successor(layer, name, target, norm_cfg) for name, layer in old.items()}
+    activations = {name: activation_behind(model, name) for name in old}
+    kind = MODELS.get(target)
+    if kind is None:
+        raise ValueError(f"No norm is registered as {target!r}: see python -m normplug list.")
+    new = {name: successor(layer, name, kind, norm_cfg) for name, layer in old.items()}
     for name, layer in new.items():
         _check_fits(model, name, old[name], layer)
     pairs = []
     for name, layer in new.items():
-        _replace(model, name, layer)
+        put(model, name, layer)
         pairs.append((layer, old[name], activations[name]))
     adapt(model)
     if data is not None:
-        _calibrate(model, [pair for pair in pairs if not _is_same_function(*pair[:2])], data, run or _run)
+        _calibrate(model, [pair for pair in pairs if not is_same_function(*pair[:2])], data, run or _run)
     return model
 
 
@@ -92,86 +101,13 @@ def _is_kind(module: nn.Module, kind: str) -> bool:
     return type(module) is MODELS.get(kind) or (kind == "SyncBN" and type(module) is nn.SyncBatchNorm)
 
 
-def _is_same_function(new: nn.Module, old: nn.Module) -> bool:
-    return isinstance(new, _BatchNorm) and isinstance(old, _BatchNorm)
-
-
-def _successor(old: nn.Module, name: str, target: str, norm_cfg: dict[str, Any]) -> nn.Module:
-    cls = MODELS.get(target)
-    if cls is None:
-        raise ValueError(f"No norm is registered as {target!r}: see python -m normplug list.")
-    channels = getattr(old, "num_features", None) or old.num_channels
-    inherited = {"eps": old.eps}
-    if act := getattr(old, "act", None):  # of a norm that activates by itself; in toolkits' classes others do it
-        if "act" not in inspect.signature(cls).parameters:
-            raise ValueError(
-                f"{name} applies the activation {act!r} itself, and {cls.__name__} has none of that name. Convert to a "
-                f"norm that takes act, such as GN or BNAct, or put the activation behind the norm first."
-            )
-        inherited["act"] = act
-    if issubclass(cls, _BatchNorm) and isinstance(old, _BatchNorm) and target != "FrozenBatchNorm":
-        inherited["momentum"] = old.momentum
-    like = next(iter(old.state_dict().values()), torch.empty(0))
-    try:
-        new = cls(channels, **{**inherited, **norm_cfg}).to(like.device)
-    except ValueError as error:
-        raise ValueError(f"{name} has {channels} channels. {error}") from error
-    if like.is_floating_point():
-        new.to(like.dtype)
-    state, own = old.state_dict(), new.state_dict()
-    new.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    for key, p in new.named_parameters():
-        theirs = getattr(old, key, None) if key in old._parameters else old._parameters.get("weight")
-        if theirs is not None:
-            p.requires_grad_(theirs.requires_grad)
-    return new.train(old.training)
-
-
 def _check_fits(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
     if getattr(new, "running_var", None) is not None and getattr(old, "running_var", None) is None:
         raise ValueError(
             f"{name} is {old}, without running statistics, and {type(new).__name__} evaluates by them. Build the "
             f"model with the new norm_cfg and let PreciseBNHook(before_train=True) estimate them."
         )
-    owner = _owner(name.rpartition(".")[0], model) if "." in name else model
-    if getattr(new, "contains_activation", False) and not _is_toolkits(owner):
-        raise ValueError(
-            f"{type(new).__name__} contains its activation, but {name} sits in {type(owner).__name__}, of which "
-            f"normplug does not know where it applies activations. Use a norm without one, for example GN."
-        )
-
-
-# --- places
-
-
-def _split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a layer in another's place, under the name that the toolkits would have given it, in the same order."""
-    parent, own = _split(model, name)
-    renamed = own
-    for key, value in vars(parent).items():
-        if value == own and re.fullmatch(r"norm\d*_name", key):  # how mmdet's blocks and mmcv's ConvModule find it
-            renamed = getattr(type(new), "_abbr_", "bn") + own.lstrip("abcdefghijklmnopqrstuvwxyz_")
-            setattr(parent, key, renamed)
-    children = dict(parent._modules)
-    parent._modules.clear()
-    for key, child in children.items():
-        parent._modules[renamed if key == own else key] = new if key == own else child
-
-
-def _activation_behind(model: nn.Module, name: str) -> nn.Module | None:
-    """The activation that a norm which contains one would replace, as far as it can be seen: else a ReLU."""
-    parent, own = _split(model, name)
-    found = getattr(parent, "activate", None)
-    if isinstance(parent, nn.Sequential):
-        names = list(parent._modules)
-        behind = names[names.index(own) + 1 :]
-        found = parent._modules[behind[0]] if behind else None
-    return found if isinstance(found, nn.Module) and not isinstance(found, ActivationInNorm) else nn.ReLU()
+    check_place(model, name, new)
 
 
 # --- calibration
@@ -179,41 +115,6 @@ def _activation_behind(model: nn.Module, name: str) -> nn.Module | None:
 
 class _Reached(Exception):
     """The layer being fitted has run: the rest of the pass is of no use."""
-
-
-class _Line:
-    """Least squares y = slope * x + offset per channel, over batches, in float64 and without cancellation."""
-
-    def __init__(self) -> None:
-        self.count, self.sums = 0, None
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = (t.detach().double().transpose(0, 1).flatten(1) for t in (x, y))
-        count = x.shape[1]
-        if not count:
-            return
-        x_mean, y_mean = x.mean(1), y.mean(1)
-        x, y = x - x_mean[:, None], y - y_mean[:, None]
-        new = x_mean, y_mean, x.square().sum(1), (x * y).sum(1)
-        if self.sums is None:
-            self.count, self.sums = count, new
-            return
-        total = self.count + count
-        by_x, by_y = new[0] - self.sums[0], new[1] - self.sums[1]
-        share, both = count / total, self.count * count / total
-        self.sums = (
-            self.sums[0] + by_x * share,
-            self.sums[1] + by_y * share,
-            self.sums[2] + new[2] + by_x.square() * both,
-            self.sums[3] + new[3] + by_x * by_y * both,
-        )
-        self.count = total
-
-    def fit(self, fallback: Tensor) -> tuple[Tensor, Tensor]:
-        x_mean, y_mean, xx, xy = self.sums
-        constant = xx <= 1e-12 * self.count * (1 + x_mean.square())
-        slope = torch.where(constant, fallback.double(), xy / xx.clamp(min=1e-300))
-        return slope, y_mean - slope * x_mean
 
 
 def _calibrate(model: nn.Module, pairs: list[tuple], data: Iterable, run: Callable) -> None:
@@ -256,22 +157,13 @@ def _in_forward_order(model: nn.Module, pairs: list[tuple], data: Iterable, run:
 
 
 def _fit(model, new, old, activation, calls: list[int], data: Iterable, run: Callable) -> None:
-    old.eval()
-    if getattr(new, "tau", None) is not None:
-        new.tau.fill_(float("-inf"))  # fitted without the threshold, which then is where the ReLU has it
-    activates = getattr(new, "contains_activation", False) and getattr(new, "tau", None) is None
-    fallback = new.weight.clone()
-    new.weight.fill_(1)
-    new.bias.fill_(0)
-    line, seen = _Line(), 0
+    fit, seen = LineFit(new, old, activation), 0
 
     def look(layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         nonlocal seen
         if kwargs or len(args) > 1 or getattr(layer, "act", None):  # done in the same pass: y without it
-            y = _without_act(layer, args[0])
-        want = _without_act(old, args[0])
-        # Not in place: the input of a norm is not ours.
-        line.add(y, _functional(activation, want) if activates else want)
+            y = without_act(layer, args[0])
+        fit.add(args[0], y)
         seen += 1
         if seen == wanted:
             raise _Reached
@@ -284,26 +176,4 @@ def _fit(model, new, old, activation, calls: list[int], data: Iterable, run: Cal
                 run(model, batch)
     finally:
         handle.remove()
-    if line.sums is None:
-        slope, offset = fallback, new.bias
-    else:
-        slope, offset = line.fit(fallback)
-    new.weight.copy_(slope)
-    new.bias.copy_(offset)
-    if getattr(new, "tau", None) is not None:
-        new.tau.zero_()
-
-
-def _without_act(norm: nn.Module, x: Tensor) -> Tensor:
-    act = getattr(norm, "act", None)
-    if act is None:
-        return norm.forward(x)
-    norm.act = None
-    try:
-        return norm.forward(x)
-    finally:
-        norm.act = act
-
-
-def _functional(activation: nn.Module, x: Tensor) -> Tensor:
-    return activation(x.clone())
+    fit.finish()
