@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import normplug.layers as layers
-from normplug.openmmlab import adapt, close_gaps, register_hooks, replacement
+from normplug.openmmlab import adapt, advice, close_gaps, register_hooks, replacement
 
 __all__ = ["TAKEN_OVER", "config_names", "register_all"]
 
@@ -44,6 +44,7 @@ def register_all(override: bool = True) -> None:
             _register(name, layer, override)
     adapt.install()
     replacement.install()
+    advice.install()
     register_hooks()
 
 

@@ -458,7 +458,7 @@ def test_every_registry_adapts_once():
         while hasattr(build, "__wrapped__"):
             layers.append(build.__code__.co_name)
             build = build.__wrapped__
-        assert layers == ["build_and_replace", "build_and_adapt"]
+        assert layers == ["build_and_advise", "build_and_replace", "build_and_adapt"]
     MODELS.children.pop("made_later")
 
 

@@ -1,5 +1,9 @@
 """GroupNorm: nn.GroupNorm with a group size instead of a count, a fused activation, and half precision kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import Tensor, nn
 
 from normplug.layers._checks import check_channels
@@ -99,8 +103,25 @@ class GroupsError(ValueError):
     """Groups that do not divide the channels."""
 
 
+_recorded: ContextVar[list[int] | None] = ContextVar("normplug_recorded_groups", default=None)
+
+
+@contextmanager
+def record_groups() -> Iterator[list[int]]:
+    """Let every GN be built, with one group, and collect their numbers of channels: what an error can advise then."""
+    channels: list[int] = []
+    token = _recorded.set(channels)
+    try:
+        yield channels
+    finally:
+        _recorded.reset(token)
+
+
 def choose_groups(name: str, num_channels: int, num_groups: int | str | None, channels_per_group: int | None) -> int:
     """Return the number of groups that one of the two arguments asks for."""
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(num_channels)
+        return 1
     if channels_per_group is not None and num_groups is DEFAULT_GROUPS:
         num_groups = None
     if (num_groups is None) == (channels_per_group is None):

@@ -35,7 +35,16 @@ import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
 from normplug.openmmlab.replacement import as_loaded
 
-__all__ = ["CheckpointNormHook", "UnsafeCheckpointError", "check_norms", "install", "load", "load_pickle", "place"]
+__all__ = [
+    "CheckpointNormHook",
+    "UnsafeCheckpointError",
+    "check_norms",
+    "install",
+    "load",
+    "load_pickle",
+    "norm_differences",
+    "place",
+]
 
 
 class UnsafeCheckpointError(ValueError):
@@ -366,6 +375,24 @@ def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     for name, (statistics, _) in theirs.items():
         if statistics not in _KINDS:
             raise ValueError(f"The checkpoint has {name}.running_mean and no {name}.running_var. Is the file whole?")
+    differences = norm_differences(model, state_dict)
+    if not differences:
+        return
+    name, other = differences[0]
+    expected, given = (_KINDS[kind] for kind in (ours[name][0], theirs[other][0]))
+    raise ValueError(
+        f"The checkpoint's norms are not the model's: {len(differences)} of the model's {len(ours)} norm layers "
+        f"differ. The first: the model has {type(model.get_submodule(name)).__name__} {name!r} with {expected[0]}; "
+        f"the checkpoint has {other!r} with {given[0]}. Expected: a checkpoint trained with this norm_cfg. "
+        f"Load such a one, or set norm_cfg to the checkpoint's (probably {given[1]}) and give the model its norm by "
+        "model=dict(replace_norm=...), which fits the new norms to the old, or, to keep the convolutions and start "
+        "the norms afresh, delete the norms' keys from the file's state_dict."
+    )
+
+
+def norm_differences(model: nn.Module, state_dict: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Return the norms of a model where weights have another kind: its name in the model and that in the weights."""
+    ours, theirs = _norms(model.state_dict()), _norms(state_dict)
     present = {key.rpartition(".")[0] for key in state_dict}
     strangers = {place(name): name for name in theirs if name not in ours}
     differences = []
@@ -375,17 +402,7 @@ def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             continue  # another layer altogether: its shape is load_state_dict's to judge
         if other != name or theirs[other][0] != statistics:
             differences.append((name, other))
-    if not differences:
-        return
-    name, other = differences[0]
-    expected, given = (_KINDS[kind] for kind in (ours[name][0], theirs[other][0]))
-    raise ValueError(
-        f"The checkpoint's norms are not the model's: {len(differences)} of the model's {len(ours)} norm layers "
-        f"differ. The first: the model has {type(model.get_submodule(name)).__name__} {name!r} with {expected[0]}; "
-        f"the checkpoint has {other!r} with {given[0]}. Expected: a checkpoint trained with this norm_cfg. "
-        f"Load such a one, or set norm_cfg to the checkpoint's (probably {given[1]}), or, to keep the convolutions "
-        "and start the norms afresh, delete the norms' keys from the file's state_dict."
-    )
+    return differences
 
 
 def _norms(state_dict: dict[str, Tensor]) -> dict[str, tuple[frozenset, int]]:

@@ -23,13 +23,13 @@ from typing import Any, TypeVar
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from normplug.layers.frozen_batch_norm import FrozenBatchNorm
 from normplug.layers.group_norm import DEFAULT_GROUPS, GroupNorm
-from normplug.openmmlab._stand_ins import tell
 from normplug.openmmlab.adapt import adapt, derive, registries
 from normplug.openmmlab.successors import (
     LineFit,
@@ -43,7 +43,7 @@ from normplug.openmmlab.successors import (
     take_state,
 )
 
-__all__ = ["as_loaded", "fitting_group_size", "install", "replace_norm"]
+__all__ = ["as_loaded", "as_text", "fitting_group_size", "install", "replace_norm"]
 
 KEY = "replace_norm"
 # Whose norms are plain ones. A class of another package with a forward of its own may mean something else.
@@ -397,7 +397,7 @@ class InitializesOldNorms:
             del self._old_norms_are_back
             for one in self._exchanged:
                 one.redo(self)
-        tell(f"normplug: {_in_words(_hand_over_all(self._exchanged))}")
+        print_log(f"normplug: {_in_words(_hand_over_all(self._exchanged))}", "current")
         return None
 
 
@@ -408,7 +408,7 @@ class LoadsOldNorms:
         if not hasattr(self, "_old_norms_are_back"):
             fates = _translate(self._exchanged, state_dict, prefix)
             if fates:
-                tell(f"normplug: from a checkpoint with the norms of before: {_in_words(fates)}")
+                print_log(f"normplug: from a checkpoint with the norms of before: {_in_words(fates)}", "current")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -416,7 +416,7 @@ def as_loaded(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return the state dict that ``model`` makes of this one when it loads it."""
     state_dict = dict(state_dict)
     for path, module in model.named_modules():
-        if isinstance(module, LoadsOldNorms):
+        if isinstance(module, LoadsOldNorms) and not hasattr(module, "_old_norms_are_back"):
             _translate(module._exchanged, state_dict, f"{path}." if path else "")
     return state_dict
 
@@ -456,20 +456,24 @@ def _tell_what_became(
     model: nn.Module, done: list[_Exchange], norm_cfg: dict, left: Counter, backbones: dict, weights: str
 ) -> None:
     if not done:
-        tell(f"normplug: every norm of {type(model).__name__} is already {_as_text(norm_cfg)}; nothing was replaced")
+        print_log(
+            f"normplug: every norm of {type(model).__name__} is already {as_text(norm_cfg)}; nothing was replaced",
+            "current",
+        )
         return
     olds = Counter(type(old).__name__ for old in {one.old for one in done})
     places = Counter(one.path.partition(".")[0] or one.own for one in done)
     parts = [
-        f"{' and '.join(f'{number} {name}' for name, number in olds.most_common())} became {_as_text(norm_cfg)}",
+        f"{' and '.join(f'{number} {name}' for name, number in olds.most_common())} became {as_text(norm_cfg)}",
         "in " + ", ".join(f"{place} {number}" for place, number in places.items()),
     ]
     if backbones:
         parts.append(f"norm_eval is off in {', '.join(path or 'the model' for path in backbones)}")
     if left:
         parts.append("left alone: " + ", ".join(f"{number} {name}" for name, number in left.most_common()))
-    tell("normplug: " + "; ".join([*parts, weights] if weights else parts))
+    print_log("normplug: " + "; ".join([*parts, weights] if weights else parts), "current")
 
 
-def _as_text(norm_cfg: dict) -> str:
+def as_text(norm_cfg: dict) -> str:
+    """Return a norm_cfg as it stands in a config file."""
     return f"dict({', '.join(f'{key}={value!r}' for key, value in norm_cfg.items() if key != '_scope_')})"
