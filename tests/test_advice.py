@@ -45,6 +45,7 @@ def inherited(text, base="mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"):
             ["model = dict(replace_norm=dict(type='GN'))"],
         ),
         ("model = dict(replace_norm=dict(type='GN'))", []),
+        ("norm_cfg = dict(type='GN')\nmodel = dict(replace_norm=dict(type='SyncBN'))", []),
         ("", []),
     ],
 )

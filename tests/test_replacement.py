@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normplug import layers, replace_norm
 from normplug.openmmlab.checkpoints import CheckpointNormHook
 from normplug.openmmlab.cli import parse_norm
+from normplug.openmmlab.precise_bn import estimate_statistics
 
 for toolkit in ("mmdet", "mmaction", "mmseg", "mmpretrain"):
     pytest.importorskip(f"{toolkit}.models")
@@ -164,6 +165,31 @@ def test_frn_is_fitted_to_the_running_statistics_and_its_threshold_is_the_relu()
     assert not model.norm.tau.any()
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("GN", 0.6), ("EvoNormS0", 0.9), ("FRN", 0.6)])
+def test_a_fitted_model_starts_closer_to_the_old_one_than_with_weights_copied(kind, limit):
+    """A ResNet-18 with random weights, and statistics that are those of its data."""
+    torch.manual_seed(1)
+    model, x = build(RESNET), torch.randn(4, 3, 96, 96) + 0.2 * torch.randn(4, 3, 1, 1)
+    for m in norms_in(model).values():
+        nn.init.uniform_(m.weight, 0.5, 1.5)
+        nn.init.normal_(m.bias, 0.2, 0.3)
+    model.train()
+    estimate_statistics(model, [x])
+    model.eval()
+    norm_cfg = dict(type=kind) | (dict(num_groups=8) if kind == "GN" else {})
+    fitted, copied = build(dict(RESNET, replace_norm=norm_cfg)), build(dict(RESNET, norm_cfg=norm_cfg))
+    fitted.load_state_dict(model.state_dict())
+    renamed = {key: model.state_dict().get(key.replace("gn", "bn").replace("frn", "bn")) for key in copied.state_dict()}
+    copied.load_state_dict({key: value for key, value in renamed.items() if value is not None}, strict=False)
+
+    def error(other):
+        other.eval()
+        with torch.no_grad():
+            return ((other(x)[-1] - model(x)[-1]).norm() / model(x)[-1].norm()).item()
+
+    assert error(fitted) < limit * error(copied), (error(fitted), error(copied))
+
+
 def files_of(model, tmp_path, name="resnet18.pth"):
     torch.save(dict(state_dict=model.state_dict()), tmp_path / name)
     return str(tmp_path / name)
@@ -253,7 +279,7 @@ def test_a_checkpoint_of_the_old_network_loads_and_the_own_one_as_it_is(tmp_path
     model = build(dict(RESNET, replace_norm=GN))
     assert model.load_state_dict(old.state_dict()) == ([], [])  # strict
     torch.testing.assert_close(model.gn1.weight.double(), expected_gn(old.bn1, 16)[0], rtol=1e-5, atol=1e-6)
-    assert log()[-1].endswith("weights of 20 replaced norms: 20 fitted to the running statistics")
+    assert log()[-1].endswith("weights of 20 GroupNorm for BatchNorm2d: 20 fitted to the running statistics")
 
     again = build(dict(RESNET, replace_norm=GN))
     load_checkpoint(again, files_of(old, tmp_path), strict=True)

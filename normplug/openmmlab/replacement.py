@@ -187,7 +187,7 @@ def _replace(model: nn.Module, norm_cfg: dict, where: str | Sequence[str] | None
     _remember(model, done)
     fates = _hand_over_all(done)
     waits = hasattr(model, "init_weights") and not getattr(model, "is_init", False) and set(fates) <= {NEW}
-    _tell_what_became(model, done, norm_cfg, left, backbones, "" if waits else _in_words(fates))
+    _tell_what_became(model, done, norm_cfg, left, backbones, "" if waits else _in_words(fates, done))
     return model
 
 
@@ -397,7 +397,7 @@ class InitializesOldNorms:
             del self._old_norms_are_back
             for one in self._exchanged:
                 one.redo(self)
-        print_log(f"normplug: {_in_words(_hand_over_all(self._exchanged))}", "current")
+        print_log(f"normplug: {_in_words(_hand_over_all(self._exchanged), self._exchanged)}", "current")
         return None
 
 
@@ -408,7 +408,10 @@ class LoadsOldNorms:
         if not hasattr(self, "_old_norms_are_back"):
             fates = _translate(self._exchanged, state_dict, prefix)
             if fates:
-                print_log(f"normplug: from a checkpoint with the norms of before: {_in_words(fates)}", "current")
+                print_log(
+                    f"normplug: from a checkpoint with the norms of before: {_in_words(fates, self._exchanged)}",
+                    "current",
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -447,9 +450,11 @@ def _translate(exchanged: list[_Exchange], state_dict: dict[str, Any], prefix: s
 # --- the log
 
 
-def _in_words(fates: Counter) -> str:
-    parts = [f"{number} {fate}" for fate, number in fates.most_common()]
-    return f"weights of {fates.total()} replaced norms: {', '.join(parts)}"
+def _in_words(fates: Counter, exchanged: Iterable[_Exchange]) -> str:
+    kinds = " and ".join(sorted({f"{type(one.new).__name__} for {type(one.old).__name__}" for one in exchanged}))
+    return (
+        f"weights of {fates.total()} {kinds}: {', '.join(f'{number} {fate}' for fate, number in fates.most_common())}"
+    )
 
 
 def _tell_what_became(
@@ -476,4 +481,5 @@ def _tell_what_became(
 
 def as_text(norm_cfg: dict) -> str:
     """Return a norm_cfg as it stands in a config file."""
-    return f"dict({', '.join(f'{key}={value!r}' for key, value in norm_cfg.items() if key != '_scope_')})"
+    keys = sorted(norm_cfg, key=lambda key: key != "type")  # the type first, as everybody writes it
+    return f"dict({', '.join(f'{key}={norm_cfg[key]!r}' for key in keys if key != '_scope_')})"
