@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
-from normplug.openmmlab.cli import build_runner, config_parser, load_config
+from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             show_predictions(cfg, args)
         if args.tta:
             augment_tests(cfg)
+        check_run(cfg, ("test_dataloader",), weights=False)
     except (OSError, ImportError, ValueError) as error:
         print(f"test.py: {error}", file=sys.stderr)
         return 2

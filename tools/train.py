@@ -4,7 +4,8 @@ import argparse
 import sys
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
-from normplug.openmmlab.cli import build_runner, config_parser, load_config, scale_lr, use_amp
+from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config, scale_lr, use_amp
+from normplug.openmmlab.data_places import LOADERS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

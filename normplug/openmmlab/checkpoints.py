@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
+from normplug.openmmlab.pretrained import told_if_missing
 from normplug.openmmlab.replacement import as_loaded
 
 __all__ = [
@@ -230,9 +231,14 @@ def load(file, map_location=None, **kwargs):
 
 
 def load_url(url: str, model_dir=None, map_location=None, progress=True, **kwargs):
-    """``torch.hub.load_state_dict_from_url`` in the same way; torch's own default there is the unsafe one."""
+    """``torch.hub.load_state_dict_from_url`` in the same way; torch's own default there is the unsafe one.
+
+    Raises:
+        MissingWeightsError: If the file is not in the cache and cannot be downloaded.
+    """
     download = torch.hub.load_state_dict_from_url
-    return _guarded(download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs)
+    with told_if_missing(url, model_dir):
+        return _guarded(download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs)
 
 
 def _guarded(loader, file, source, **kwargs):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
 from normplug.openmmlab.checkpoints import CheckpointNormHook
+from normplug.openmmlab.data_check import check_data
+from normplug.openmmlab.own_data import use_data
+from normplug.openmmlab.pretrained import fetch_weights
 from normplug.openmmlab.random_state import RandomStateHook
 from normplug.openmmlab.replacement import replace_norm
 
-__all__ = ["add_cfg_options", "build_runner", "config_parser", "load_config", "parse_norm"]
+__all__ = ["add_cfg_options", "build_runner", "check_run", "config_parser", "load_config", "parse_norm"]
 
 # What our tools add to every config: checkpoints of another norm are refused, resumed runs go on exactly.
 HOOKS_OF_OURS = (CheckpointNormHook.__name__, RandomStateHook.__name__)
@@ -26,6 +30,9 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("config", type=Path, help="config file")
     p.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/<name of the config>")
     add_cfg_options(p)
+    p.add_argument(
+        "--data", type=Path, metavar="ROOT", help="train and test on the data in this folder: docs/your-data.md"
+    )
     p.add_argument(
         "--norm",
         nargs="+",
@@ -55,7 +62,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: If there is no such file.
         ModuleNotFoundError: If the config imports a package that is not installed.
-        ValueError: If what --norm says is no norm_cfg.
+        ValueError: If what --norm says is no norm_cfg, or the folder of --data holds no data.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not args.config.is_file():
@@ -73,12 +80,34 @@ def load_config(args: argparse.Namespace) -> Config:
         replace_norm(cfg, norm_cfg, norm_cfg.pop("where", None))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
+    if args.data is not None:
+        told = use_data(cfg, args.data)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"normplug: {told}", file=sys.stderr)
     hooks = cfg.get("custom_hooks") or []
     present = {hook["type"] for hook in hooks}
     cfg.custom_hooks = [*hooks, *(dict(type=kind) for kind in HOOKS_OF_OURS if kind not in present)]
     if find_spec("tensorboard"):
         add_tensorboard(cfg)
     return cfg
+
+
+def check_run(cfg: Config, loaders: tuple[str, ...], weights: bool) -> None:
+    """Find what a run lacks before it reads data and builds a model, in one of its processes.
+
+    Args:
+        cfg: The config as it will be run.
+        loaders: The data loaders that it will use.
+        weights: Whether it starts from pre-trained weights; they are downloaded now where they are not there.
+
+    Raises:
+        ValueError: If something is wrong with the data.
+        MissingWeightsError: If the weights cannot be had.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_data(cfg, loaders)
+        if weights:
+            fetch_weights(cfg)
 
 
 def parse_norm(words: list[str]) -> dict:

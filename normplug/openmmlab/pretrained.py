@@ -1,0 +1,132 @@
+"""Where pre-trained weights come from and where they lie: addresses, files in the cache, and an error if there is no network."""
+
+import contextlib
+import difflib
+import http.client
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+__all__ = ["MissingWeightsError", "Weights", "checkpoints_in", "fetch_weights", "find_weights", "told_if_missing"]
+
+PATIENCE = 30.0  # seconds without a byte, after which a download is given up
+
+
+class MissingWeightsError(OSError):
+    """Weights are not on this machine and cannot be brought here."""
+
+
+class Weights(NamedTuple):
+    """The address of weights, None if they have none, and the file that holds them on this machine."""
+
+    address: str | None
+    file: Path
+
+
+def find_weights(checkpoint: str) -> Weights | None:
+    """Say what ``checkpoint`` of an init_cfg, ``pretrained`` or ``load_from`` stands for; None for a store like s3.
+
+    Args:
+        checkpoint: A path, an http(s) address, or a name behind torchvision://, open-mmlab://, mmcls:// and their kin.
+
+    Raises:
+        ValueError: If there is no model of that name.
+    """
+    scheme, _, name = checkpoint.partition("://")
+    if not name:
+        return Weights(None, Path(checkpoint))
+    if scheme in ("http", "https"):
+        return Weights(checkpoint, Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(checkpoint).path).name))
+    if scheme == "detectron-as-rgb":
+        return find_weights(name)
+    if scheme not in _MODELS:
+        return None
+    names = _MODELS[scheme]()
+    if scheme in ("open-mmlab", "openmmlab"):
+        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 3)
+        raise ValueError(
+            f"{checkpoint} names no known weights. {f'Near: {scheme}://' + ', '.join(near) if near else ''}".strip()
+        )
+    if "://" not in names[name]:
+        return Weights(None, Path(mmengine_checkpoint._get_mmengine_home(), names[name]))
+    return find_weights(names[name])
+
+
+_MODELS: dict[str, Callable[[], dict[str, str]]] = {
+    "torchvision": mmengine_checkpoint.get_torchvision_models,
+    "modelzoo": mmengine_checkpoint.get_torchvision_models,
+    "open-mmlab": mmengine_checkpoint.get_external_models,
+    "openmmlab": mmengine_checkpoint.get_external_models,
+    "mmcls": mmengine_checkpoint.get_mmcls_models,
+}
+
+
+def checkpoints_in(cfg: Any) -> Iterator[str]:
+    """Yield every checkpoint that a model's config is initialized from, in the order of the config."""
+    for key, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
+        if isinstance(value, str) and (key == "pretrained" or (key == "checkpoint" and cfg.get("type") == "Pretrained")):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            yield from checkpoints_in(value)
+
+
+def fetch_weights(cfg: Config) -> None:
+    """Bring the weights that a run starts from into torch's cache, before data are read and a model is built.
+
+    Raises:
+        MissingWeightsError: If a file is not there and cannot be downloaded.
+        ValueError: If a name is not known.
+    """
+    starts = list(checkpoints_in(cfg.get("model") or {}))
+    if cfg.get("load_from"):
+        starts.append(cfg.load_from)
+    for checkpoint in dict.fromkeys(starts):
+        weights = find_weights(checkpoint)
+        if weights is None or weights.file.is_file():
+            continue
+        if weights.address is None:
+            raise MissingWeightsError(
+                f"The weights {checkpoint} are not there (from {os.getcwd()}). Give an absolute path, or make the file: "
+                f"the config's header, docs/weights.md and docs/checkpoints.md say how."
+            )
+        weights.file.parent.mkdir(parents=True, exist_ok=True)
+        with told_if_missing(weights.address):
+            torch.hub.download_url_to_file(weights.address, str(weights.file))
+
+
+@contextlib.contextmanager
+def told_if_missing(address: str, folder: str | None = None) -> Iterator[None]:
+    """Make one sentence of what happens to a download without a network, and end it if nothing comes.
+
+    Args:
+        address: What is downloaded.
+        folder: Where to; default: torch's cache.
+
+    Raises:
+        MissingWeightsError: If the download fails.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE if before is None else before)
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
+        if getattr(error, "errno", None) is not None and getattr(error, "filename", None) is not None:
+            raise  # the disk, not the network
+        name = Path(urlparse(address).path).name
+        file = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), name)
+        raise MissingWeightsError(
+            f"The weights {address} are not on this machine and cannot be downloaded "
+            f"({getattr(error, 'reason', None) or error or type(error).__name__}). Get the file where there is a network, "
+            f"and put it here: {file}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
