@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
-from normplug.openmmlab.cli import build_runner, config_parser, load_config, scale_lr, use_amp
+from normplug.openmmlab.cli import build_runner, config_parser, load_config, require_checkpoint, scale_lr, use_amp
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -33,12 +33,14 @@ def main(argv: list[str] | None = None) -> int:
             use_amp(cfg)
         if args.auto_scale_lr:
             scale_lr(cfg)
+        if args.resume:
+            cfg.resume = True
+            cfg.load_from = None if args.resume == "auto" else args.resume
+        if cfg.get("load_from"):
+            require_checkpoint(cfg.load_from)
     except (OSError, ImportError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     randomness = {"seed": None, **(cfg.get("randomness") or {})}  # mmengine draws a seed for None, and needs the key
