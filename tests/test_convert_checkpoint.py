@@ -480,9 +480,13 @@ def test_detectron2_backbone(run, tmp_path):
 class Detector(nn.Module):
     """Mask R-CNN's convolutions in plain torch; layers are named as in mmdet 1, and the background is class 0."""
 
-    def __init__(self, norm, classes=3, channels=64, batch_norm_backbone=False):
+    def __init__(self, norm, classes=3, channels=64, batch_norm_backbone=False, full_size=False):
         super().__init__()
         bias = norm is None
+        block, layers, maps, hidden = BasicBlock, (2, 2, 2, 2), (32, 64, 128, 256), 256
+        if full_size:  # of COCO
+            classes, channels = 80, 256
+            block, layers, maps, hidden = Bottleneck, (3, 4, 6, 3), (256, 512, 1024, 2048), 1024
 
         def conv(*args, **kwargs):
             layer = nn.Sequential()
@@ -491,17 +495,18 @@ class Detector(nn.Module):
             return layer
 
         of_backbone = nn.BatchNorm2d if batch_norm_backbone else norm
-        self.backbone = ResNet(BasicBlock, (2, 2, 2, 2), channels=(32, 64, 128, 256), norm_layer=of_backbone)
+        widths = [width // block.expansion for width in maps]
+        self.backbone = ResNet(block, layers, channels=widths, norm_layer=of_backbone)
         del self.backbone.fc
         self.neck, self.rpn_head, self.bbox_head, self.mask_head = (nn.Module() for _ in range(4))
-        self.neck.lateral_convs = nn.ModuleList(conv(c, channels, 1) for c in (32, 64, 128, 256))
+        self.neck.lateral_convs = nn.ModuleList(conv(c, channels, 1) for c in maps)
         self.neck.fpn_convs = nn.ModuleList(conv(channels, channels, 3, padding=1) for _ in range(4))
         self.rpn_head.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.rpn_head.rpn_cls, self.rpn_head.rpn_reg = nn.Conv2d(channels, 3, 1), nn.Conv2d(channels, 12, 1)
         self.bbox_head.shared_convs = nn.ModuleList(conv(channels, channels, 3, padding=1) for _ in range(4))
-        self.bbox_head.shared_fcs = nn.ModuleList([nn.Linear(49 * channels, 256)])
-        self.bbox_head.fc_cls = nn.Linear(256, classes + 1)
-        self.bbox_head.fc_reg = nn.Linear(256, 4 * (classes + 1))
+        self.bbox_head.shared_fcs = nn.ModuleList([nn.Linear(49 * channels, hidden)])
+        self.bbox_head.fc_cls = nn.Linear(hidden, classes + 1)
+        self.bbox_head.fc_reg = nn.Linear(hidden, 4 * (classes + 1))
         self.mask_head.convs = nn.ModuleList(conv(channels, channels, 3, padding=1) for _ in range(4))
         self.mask_head.upsample = nn.ConvTranspose2d(channels, channels, 2, 2)
         self.mask_head.conv_logits = nn.Conv2d(channels, classes + 1, 1)

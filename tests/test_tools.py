@@ -22,6 +22,7 @@ from normplug.openmmlab import cli, training_runs
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import convert_checkpoint  # noqa: E402
 import quickstart  # noqa: E402
 import test as test_tool  # noqa: E402
 import train as train_tool  # noqa: E402
@@ -32,6 +33,48 @@ def test_missing_config_is_named(tool, capsys):
     checkpoint = ["none.pth"] if tool is test_tool else []
     assert tool.main(["configs/no_such.py", *checkpoint]) == 2
     assert "no_such.py" in capsys.readouterr().err
+
+
+def test_missing_checkpoint_is_named(tmp_path, capsys):
+    config = tmp_path / "c.py"
+    config.write_text("optim_wrapper = dict(type='OptimWrapper')\n")
+    argv = [str(config), "--work-dir", str(tmp_path)]
+    assert test_tool.main([*argv, "no_such.pth"]) == 2
+    assert train_tool.main([*argv, "--resume", "no_such.pth"]) == 2
+    assert train_tool.main([*argv, "--cfg-options", "load_from=no_such.pth"]) == 2
+    tools = ("test.py", "train.py", "train.py")
+    assert capsys.readouterr().err.splitlines() == [f"{tool}: There is no checkpoint no_such.pth." for tool in tools]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("a.b", "takes KEY=VALUE, got 'a.b'"),
+        ("=3", "takes KEY=VALUE, got '=3'"),
+        ("a=[1,", "brackets"),
+        ("scheduler.7.end=3", "Index 7 exceeds the length of list"),
+        ("lr.x=3", "lr"),
+    ],
+)
+@pytest.mark.parametrize("tool", [train_tool, convert_checkpoint], ids=["train", "convert"])
+def test_options_that_do_not_fit_are_one_sentence(tool, option, message, tmp_path, capsys):
+    config = tmp_path / "c.py"
+    config.write_text("scheduler = [dict(end=1)]\nlr = 0.1\n")
+    where = ["--config", str(config), "a.pth", "b.pth"] if tool is convert_checkpoint else [str(config)]
+    try:
+        code = tool.main([*where, "--cfg-options", option])
+    except SystemExit as stop:  # argparse's
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_pictures_go_where_the_flag_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for hook, key in (("DetVisualizationHook", "test_out_dir"), ("VisualizationHook", "out_dir")):
+        cfg = Config(dict(default_hooks=dict(visualization=dict(type=hook))))
+        test_tool.show_predictions(cfg, argparse.Namespace(show=False, wait_time=1, interval=1, show_dir=Path("shown")))
+        assert cfg.default_hooks.visualization[key] == str(tmp_path / "shown")
 
 
 def test_missing_package_is_named(tmp_path, capsys):

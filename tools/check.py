@@ -3,6 +3,7 @@
 Exit code: 0 all are green, else the code of the first that is not.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ STEPS = [
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for step in STEPS:
         print("$", *step, file=sys.stderr, flush=True)
         command = step if step[0].endswith(".py") else ["-m", *step]

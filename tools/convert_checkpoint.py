@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 import normplug
+from normplug.openmmlab.cli import add_cfg_options, override
 from normplug.openmmlab.formats.conversion import convert
 from normplug.openmmlab.formats.files import read_checkpoint
 from normplug.openmmlab.formats.names import FORMATS, IMAGES, understand
@@ -25,7 +26,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("source", type=Path, help="the published checkpoint")
     p.add_argument("out", type=Path, metavar="OUT.pth", help="where to write the converted one")
     p.add_argument("--config", type=Path, required=True, help="config whose model is to load it")
-    p.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
+    add_cfg_options(p)
     p.add_argument("--format", choices=["auto", *FORMATS], default="auto", help="default: recognized by the keys")
     p.add_argument(
         "--part",
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.config.is_file():
             raise FileNotFoundError(f"There is no config {args.config}. Those of this project are under configs/.")
         cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options)
+        override(cfg, args.cfg_options)
         source = understand(
             read_checkpoint(args.source),
             args.format,

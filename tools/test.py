@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
-from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config
+from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config, require_checkpoint
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -16,7 +16,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("checkpoint", help="checkpoint file")
     p.add_argument("--out", "--dump", dest="out", type=Path, metavar="FILE.pkl", help="write the predictions there")
     p.add_argument("--show", action="store_true", help="show predictions in a window")
-    p.add_argument("--show-dir", help="write pictures of the predictions there")
+    p.add_argument("--show-dir", type=Path, help="write pictures of the predictions there")
     p.add_argument("--wait-time", type=float, default=2, help="seconds that a window stays")
     p.add_argument("--interval", type=int, default=1, help="show every so many samples")
     p.add_argument("--tta", action="store_true", help="test-time augmentation: the config's tta_model and tta_pipeline")
@@ -33,7 +33,9 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     # mmdet's hook draws if `draw` is set, mmaction2's if `enable` is
     hook["draw" if hook["type"].startswith("Det") else "enable"] = True
     hook.update(show=args.show, wait_time=args.wait_time, interval=args.interval)
-    hook["test_out_dir" if hook["type"].startswith("Det") else "out_dir"] = args.show_dir
+    # mmdet's hook puts a relative folder into the work dir
+    folder = args.show_dir and str(args.show_dir.resolve())
+    hook["test_out_dir" if hook["type"].startswith("Det") else "out_dir"] = folder
 
 
 def augment_tests(cfg: Config) -> None:
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             show_predictions(cfg, args)
         if args.tta:
             augment_tests(cfg)
+        require_checkpoint(args.checkpoint)
         check_run(cfg, ("test_dataloader",), weights=False)
     except (OSError, ImportError, ValueError) as error:
         print(f"test.py: {error}", file=sys.stderr)

@@ -4,7 +4,15 @@ import argparse
 import sys
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
-from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config, scale_lr, use_amp
+from normplug.openmmlab.cli import (
+    build_runner,
+    check_run,
+    config_parser,
+    load_config,
+    require_checkpoint,
+    scale_lr,
+    use_amp,
+)
 from normplug.openmmlab.data_places import LOADERS
 
 
@@ -34,12 +42,15 @@ def main(argv: list[str] | None = None) -> int:
             use_amp(cfg)
         if args.auto_scale_lr:
             scale_lr(cfg)
+        if args.resume:
+            cfg.resume = True
+            cfg.load_from = None if args.resume == "auto" else args.resume
+        if cfg.get("load_from"):
+            require_checkpoint(cfg.load_from)
+        check_run(cfg, LOADERS[:1] if args.no_validate else LOADERS[:2], weights=True)
     except (OSError, ImportError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     randomness = {"seed": None, **(cfg.get("randomness") or {})}  # mmengine draws a seed for None, and needs the key

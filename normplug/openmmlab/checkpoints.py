@@ -238,7 +238,9 @@ def load_url(url: str, model_dir=None, map_location=None, progress=True, **kwarg
     """
     download = torch.hub.load_state_dict_from_url
     with told_if_missing(url, model_dir):
-        return _guarded(download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs)
+        return _guarded(
+            download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs
+        )
 
 
 def _guarded(loader, file, source, **kwargs):

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -18,7 +20,16 @@ from normplug.openmmlab.pretrained import fetch_weights
 from normplug.openmmlab.random_state import RandomStateHook
 from normplug.openmmlab.replacement import replace_norm
 
-__all__ = ["add_cfg_options", "build_runner", "check_run", "config_parser", "load_config", "parse_norm"]
+__all__ = [
+    "add_cfg_options",
+    "build_runner",
+    "check_run",
+    "config_parser",
+    "load_config",
+    "override",
+    "parse_norm",
+    "require_checkpoint",
+]
 
 # What our tools add to every config: checkpoints of another norm are refused, resumed runs go on exactly.
 HOOKS_OF_OURS = (CheckpointNormHook.__name__, RandomStateHook.__name__)
@@ -44,25 +55,63 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
+class _Settings(DictAction):
+    """mmengine's KEY=VALUE pairs; what is none is a mistake on the command line and not a traceback."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value.lstrip("="):
+                parser.error(f'{option_string} takes KEY=VALUE, got {value!r}; quote values with spaces: key="[1, 2]"')
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except AssertionError as error:  # brackets
+                parser.error(f'{option_string} {value}: {error}; quote values with spaces: key="[1, 2]"')
+
+
 def add_cfg_options(p: argparse.ArgumentParser, whose: str = "the config") -> None:
     """Add the flag that overrides settings of a config."""
     p.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Settings,
         default={},
         metavar="KEY=VALUE",
         help=f'settings that override {whose}, such as optim_wrapper.optimizer.lr=0.01 or key="[a,b]"',
     )
 
 
+def override(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Set what --cfg-options says.
+
+    Raises:
+        ValueError: If a key leads through something that the config has otherwise: a list too short, a number.
+    """
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"--cfg-options does not fit the config: {error.args[0]}") from error
+
+
+def require_checkpoint(name: str | Path) -> None:
+    """Check that a checkpoint on this machine is there; of an address (``https://``) nothing is known yet.
+
+    Raises:
+        FileNotFoundError: If it is not.
+    """
+    if "://" not in str(name) and not Path(name).is_file():
+        raise FileNotFoundError(f"There is no checkpoint {name}.")
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments name and apply those that every tool has.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ModuleNotFoundError: If the config imports a package that is not installed.
-        ValueError: If what --norm says is no norm_cfg, or the folder of --data holds no data.
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ModuleNotFoundError: If the config imports a package that is not installed.
+    <<<<<<< HEAD
+            ValueError: If what --norm says is no norm_cfg, or the folder of --data holds no data.
+    =======
+            ValueError: If what --norm says is no norm_cfg, or --cfg-options do not fit the config.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not args.config.is_file():
@@ -74,7 +123,7 @@ def load_config(args: argparse.Namespace) -> Config:
             f"{args.config} needs a package that cannot be imported: {error}. For the OpenMMLab toolkits: "
             f'pip install -e ".[openmmlab]"'
         ) from error
-    cfg.merge_from_dict(args.cfg_options)
+    override(cfg, args.cfg_options)
     if args.norm:
         norm_cfg = parse_norm(args.norm)
         replace_norm(cfg, norm_cfg, norm_cfg.pop("where", None))
@@ -82,7 +131,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
     if args.data is not None:
         told = use_data(cfg, args.data)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first():
             print(f"normplug: {told}", file=sys.stderr)
     hooks = cfg.get("custom_hooks") or []
     present = {hook["type"] for hook in hooks}
@@ -90,6 +139,11 @@ def load_config(args: argparse.Namespace) -> Config:
     if find_spec("tensorboard"):
         add_tensorboard(cfg)
     return cfg
+
+
+def is_first() -> bool:
+    """Whether this is the first process of a run, or the only one, as torchrun and Slurm say it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
 def check_run(cfg: Config, loaders: tuple[str, ...], weights: bool) -> None:
@@ -104,7 +158,7 @@ def check_run(cfg: Config, loaders: tuple[str, ...], weights: bool) -> None:
         ValueError: If something is wrong with the data.
         MissingWeightsError: If the weights cannot be had.
     """
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         check_data(cfg, loaders)
         if weights:
             fetch_weights(cfg)

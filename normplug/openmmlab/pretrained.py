@@ -1,4 +1,4 @@
-"""Where pre-trained weights come from and where they lie: addresses, files in the cache, and an error if there is no network."""
+"""Where pre-trained weights come from and where they lie, and one sentence where there is no network."""
 
 import contextlib
 import difflib
@@ -73,7 +73,9 @@ _MODELS: dict[str, Callable[[], dict[str, str]]] = {
 def checkpoints_in(cfg: Any) -> Iterator[str]:
     """Yield every checkpoint that a model's config is initialized from, in the order of the config."""
     for key, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
-        if isinstance(value, str) and (key == "pretrained" or (key == "checkpoint" and cfg.get("type") == "Pretrained")):
+        if isinstance(value, str) and (
+            key == "pretrained" or (key == "checkpoint" and cfg.get("type") == "Pretrained")
+        ):
             yield value
         elif isinstance(value, dict | list | tuple):
             yield from checkpoints_in(value)
@@ -95,8 +97,8 @@ def fetch_weights(cfg: Config) -> None:
             continue
         if weights.address is None:
             raise MissingWeightsError(
-                f"The weights {checkpoint} are not there (from {os.getcwd()}). Give an absolute path, or make the file: "
-                f"the config's header, docs/weights.md and docs/checkpoints.md say how."
+                f"The weights {checkpoint} are not there (seen from {os.getcwd()}). Give an absolute path, or make the "
+                f"file: the config's header, docs/weights.md and docs/checkpoints.md say how."
             )
         weights.file.parent.mkdir(parents=True, exist_ok=True)
         with told_if_missing(weights.address):
@@ -125,8 +127,8 @@ def told_if_missing(address: str, folder: str | None = None) -> Iterator[None]:
         file = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), name)
         raise MissingWeightsError(
             f"The weights {address} are not on this machine and cannot be downloaded "
-            f"({getattr(error, 'reason', None) or error or type(error).__name__}). Get the file where there is a network, "
-            f"and put it here: {file}"
+            f"({getattr(error, 'reason', None) or error or type(error).__name__}). Get the file where there is a "
+            f"network, and put it here: {file}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
