@@ -1,10 +1,8 @@
 """One line that gives any model another norm: what it reaches, what the old weights become, what it says."""
 
 import copy
-import importlib
 import logging
 import pickle
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
+from stock_configs import stock
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,26 +30,6 @@ pytestmark = [  # mmseg's own
 GN = dict(type="GN", num_groups="auto")
 RESNET = dict(type="mmdet.ResNet", depth=18, base_channels=16, stem_channels=16, norm_eval=False)
 VIDEO = dict(type="mmaction.ResNet3d", depth=18, base_channels=16, pretrained=None, norm_eval=False)
-
-
-def stock(toolkit, path):
-    """A model's config of a toolkit, as installed, without its pre-trained weights."""
-    package = Path(importlib.import_module(toolkit).__file__).parent
-    cfg = Config.fromfile(package / ".mim" / "configs" / f"{path}.py")
-    without_weights(cfg.model)
-    return cfg
-
-
-def without_weights(cfg):
-    if isinstance(cfg, dict):
-        for key in list(cfg):
-            if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
-                cfg[key] = None
-            else:
-                without_weights(cfg[key])
-    elif isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            without_weights(value)
 
 
 def build(cfg, scope=None):

@@ -1,0 +1,26 @@
+"""Configs of the toolkits as installed."""
+
+import importlib
+from pathlib import Path
+
+from mmengine.config import Config
+
+
+def stock(toolkit, path):
+    """A model's config of a toolkit, as installed, without its pre-trained weights."""
+    package = Path(importlib.import_module(toolkit).__file__).parent
+    cfg = Config.fromfile(package / ".mim" / "configs" / f"{path}.py")
+    without_weights(cfg.model)
+    return cfg
+
+
+def without_weights(cfg):
+    if isinstance(cfg, dict):
+        for key in list(cfg):
+            if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
+                cfg[key] = None
+            else:
+                without_weights(cfg[key])
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            without_weights(value)
