@@ -4,17 +4,20 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Template
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Report", "markdown_table", "write_json"]
 
+MOST_CARDS = 24  # rows of a table that a narrow page shows as cards
 _NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+")
 _NOTHING = {"", "-", "–", "failed"}
 
@@ -29,7 +32,7 @@ class Report:
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title = title
-        self._parts = [f"# {title}"]
+        self._parts: list[str | _Folded] = [f"# {title}"]
         self._figures: dict[str, Figure] = {}
         self.text(lead)
 
@@ -46,6 +49,10 @@ class Report:
         """Add a table, the header first, with a line of explanation under it."""
         self._parts.append(markdown_table(rows))
         self.text(caption)
+
+    def folded(self, summary: str, rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        """Add a table that a click on the summary opens: long ones that few read."""
+        self._parts.append(_Folded(summary, "\n\n".join(filter(None, [markdown_table(rows), caption]))))
 
     def figure(self, figure: "Figure", name: str, caption: str) -> None:
         """Add a matplotlib figure, written to ``<name>.png``; the caption is also what a screen reader says.
@@ -64,7 +71,7 @@ class Report:
 
     def markdown(self) -> str:
         """Return the report; its figures are files beside it."""
-        return "\n\n".join(self._parts) + "\n"
+        return "\n\n".join(map(str, self._parts)) + "\n"
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write report.md, report.html and the figures; return their paths in this order."""
@@ -80,15 +87,56 @@ class Report:
         return [folder / "report.md", folder / "report.html", *pictures.values()]
 
     def _html(self, pictures: Mapping[str, Path]) -> str:
-        parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-        body = parser.render(self.markdown())
-        body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+        body = "\n".join(
+            f"<details><summary>{escape(part.summary)}</summary>\n{_render(part.markdown)}</details>\n"
+            if isinstance(part, _Folded)
+            else _render(part)
+            for part in self._parts
+        )
         for name, file in pictures.items():
             data = base64.b64encode(file.read_bytes()).decode()
             width = round(96 * self._figures[file.stem].get_size_inches()[0])  # a CSS pixel is 1/96 of an inch
             broad = ' class="broad"' if width > 700 else ""
             body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}" width="{width}"{broad}')
         return _PAGE.render(title=self.title, body=body)
+
+
+class _Folded(NamedTuple):
+    """Markdown behind a summary."""
+
+    summary: str
+    markdown: str
+
+    def __str__(self) -> str:
+        return f"<details><summary>{escape(self.summary)}</summary>\n\n{self.markdown}\n\n</details>"
+
+
+def _render(markdown: str) -> str:
+    """Return HTML in which every cell knows its column's name: a narrow page shows a row as a card of them.
+
+    Tables of more than MOST_CARDS rows scroll sideways there instead, with their first column held.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+    names: list[str] = []
+    for i, token in enumerate(tokens):
+        if token.type == "table_open":
+            names, column = [], 0
+            rows = sum(later.type == "tr_open" for later in tokens[i : _end_of_table(tokens, i)]) - 1
+            token.attrSet("class", "cards" if rows <= MOST_CARDS else "long")
+        elif token.type == "th_open":
+            names.append(tokens[i + 1].content)
+        elif token.type == "tr_open":
+            column = 0
+        elif token.type == "td_open":
+            token.attrSet("data-name", names[column])
+            column += 1
+    body = parser.renderer.render(tokens, parser.options, {})
+    return body.replace("<table", '<div class="wide"><table').replace("</table>", "</table></div>")
+
+
+def _end_of_table(tokens: Sequence[Token], start: int) -> int:
+    return next(i for i in range(start, len(tokens)) if tokens[i].type == "table_close")
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -144,6 +192,7 @@ code { background: var(--soft); border-radius: 3px; padding: 0 .25em; font-size:
 img { max-width: 100%; height: auto; background: #fff; }
 img.broad { max-width: max(100%, 45rem); } /* of several panels: on a phone it scrolls, still legible */
 .wide { overflow-x: auto; }
+details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; white-space: nowrap; }
 tbody tr:hover { background: var(--soft); }
@@ -152,6 +201,23 @@ th button:focus-visible { outline: 2px solid var(--link); }
 th button::after { content: " \\2195"; opacity: .35; }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
+@media (max-width: 40rem) {
+  /* A row is a card: its first cell the heading, the others behind it, each with its column's name. */
+  .cards, .cards tbody, .cards tr, .cards td { display: block; }
+  .cards thead { display: none; }
+  .cards tr { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .3rem .6rem; }
+  .cards td { border: 0; padding: .1rem 0; white-space: normal; overflow-wrap: anywhere; text-align: left !important; }
+  .cards td:first-child { font-weight: 600; }
+  .cards td:not(:first-child) { display: inline; }
+  .cards td:not(:first-child)::before { content: attr(data-name) ": "; opacity: .7; }
+  .cards td:not(:first-child):not(:last-child)::after { content: " \\00b7  "; opacity: .5; }
+  .cards td:empty { display: none; }
+  /* What is too long for that scrolls, says so, and keeps its first column in sight. */
+  .wide:has(.long)::before, p:has(> img.broad)::before {
+    content: "scroll sideways \\2192"; font-size: .85em; opacity: .7; position: sticky; left: 0; display: block;
+  }
+  .long th:first-child, .long td:first-child { position: sticky; left: 0; background: Canvas; }
+}
 </style>
 </head>
 <body>

@@ -73,3 +73,17 @@ def test_what_cannot_be_a_report(report):
         markdown_table([["a", "b"], ["x"]])
     with pytest.raises(ValueError, match="already has a figure 'curves'"):
         report.figure(None, "curves", "again")
+
+
+def test_a_narrow_page_shows_every_cell_with_the_name_of_its_column(tmp_path):
+    """As a card where the table is short; a long one scrolls and says so. Nobody looks for what is off the screen."""
+    report = Report("Cards")
+    report.table([["metric", "verdict"], ["AP", "B is better"]])
+    report.table([["layer", "dead"], *([str(i), "0"] for i in range(30))])
+    report.folded("All <layers>", [["layer", "scale"], ["bn1", "1.0"]], "In %.")
+    text = report.write(tmp_path)[1].read_text()
+    assert '<td data-name="metric">AP</td>\n<td data-name="verdict">B is better</td>' in text
+    assert re.findall(r'<table class="(\w+)"', text) == ["cards", "long", "cards"]
+    assert re.search(r"<details><summary>All &lt;layers&gt;</summary>\s*<div.*scale.*</details>", text, re.DOTALL)
+    assert "scroll sideways" in text
+    assert "<details><summary>All &lt;layers&gt;</summary>\n\n| layer | scale |" in report.markdown()

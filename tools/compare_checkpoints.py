@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from normplug.openmmlab.comparison.predictions import Cache
     from normplug.openmmlab.comparison.run import compare_checkpoints
     from normplug.openmmlab.comparison.sides import Side
+    from normplug.openmmlab.training_runs import toolkit_versions
 
     try:
         a = Side("A", args.config_a, args.checkpoint_a, args.cfg_options)
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["python", "tools/compare_checkpoints.py", *(sys.argv[1:] if argv is None else argv)]
     folder = args.out or Path("work_dirs", "compare", "_vs_".join(comparison.names))
     found = facts(device, command)
-    versions = {name: version for name, version in found.pop("versions").items() if version}
+    versions = {name: version for name, version in found.pop("versions").items() if version} | toolkit_versions()
     paths = report.write(comparison, folder, found | versions)
     print(report.brief(comparison))
     print("", *paths, sep="\n")

@@ -7,12 +7,14 @@ Exit code: 0 all runs finished; 1 some failed, named on stderr; 2 wrong argument
 """
 
 import argparse
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from mmengine.config import Config
@@ -25,6 +27,7 @@ from normplug.openmmlab.training_runs import NORMS, TASKS, Outcome, Training, sp
 from normplug.reporting import Report, markdown_table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+LINES, MARKS = ("-", (0, (5, 2)), (0, (2, 1)), "-."), "osD^vPX*"
 CONFIGS = {"detection": "mask-rcnn_r18_fpn_{}_digits.py", "video": "i3d_r18_{}_digits.py"}
 
 
@@ -130,18 +133,26 @@ def draw(runs: list[Run], args: argparse.Namespace):
 
     columns = TASKS[args.task]
     fig, axes = plt.subplots(1, 1 + len(columns), figsize=(5 * (1 + len(columns)), 4), constrained_layout=True)
+    once = max(len(run.outcome.evaluations) for run in runs if not run.failed) == 1
     for i, norm in enumerate(args.norms):
         for run in (r for r in runs if r.norm == norm and not r.failed):
-            style = {"color": f"C{i}", "label": norm if run.seed == 0 else None, "alpha": 1 if run.seed == 0 else 0.5}
+            # Of curves that lie on each other (SyncBN on BN) the lower one is broader and shows through the gaps.
+            style = {"color": f"C{i}", "linestyle": LINES[i % len(LINES)], "alpha": 1 if run.seed == 0 else 0.5}
+            style["linewidth"] = max(1.2, 3 - 0.8 * i)
+            style["label"] = norm if run.seed == 0 else None
             axes[0].plot(*zip(*run.outcome.losses, strict=True), **style)
             for ax, (key, _) in zip(axes[1:], columns, strict=True):
-                ends = [step for step, _ in run.outcome.evaluations]
-                ax.plot(ends, [100 * m[key] for _, m in run.outcome.evaluations], marker="o", clip_on=False, **style)
+                ends = [i if once else step for step, _ in run.outcome.evaluations]
+                ax.plot(ends, [100 * m[key] for _, m in run.outcome.evaluations], marker=MARKS[i % len(MARKS)], **style)
     axes[0].set(xlabel="iteration", ylabel="training loss")
     for ax, (_, name) in zip(axes[1:], columns, strict=True):
-        ax.margins(0.1)
-        ax.set(xlabel="epoch", ylabel=f"{name} (%)", xlim=(0, None), ylim=(0, None))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.margins(0.15)
+        ax.set_ylabel(f"{name} (%)")
+        if once:  # one evaluation is no curve
+            ax.set_xticks(range(len(args.norms)), args.norms)
+        else:
+            ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes:
         ax.grid(alpha=0.3)
     axes[0].legend()
@@ -156,6 +167,7 @@ def write_report(runs: list[Run], args: argparse.Namespace, seconds: float) -> t
         "seconds": round(seconds, 1),
         **training_runs.facts(args.device != "cpu"),
     }
+    links = [f"{r.norm}, seed {r.seed}: {_link('config', ROOT / r.config, args)}, {_logs(r, args)}" for r in runs]
     rows = table(runs, args)
     memory = (
         "resident memory of the training process, python and libraries included"
@@ -170,10 +182,24 @@ def write_report(runs: list[Run], args: argparse.Namespace, seconds: float) -> t
     )
     if any(not r.failed for r in runs):
         report.figure(draw(runs, args), "curves", "Training loss over iterations, and the metrics after each epoch.")
+    report.heading("Configs and logs")
+    report.text("\n".join(f"- {line}" for line in links))
+    report.heading("How this was made")
     report.facts(facts | {f"failed: {r.norm}, seed {r.seed}": r.failed.splitlines()[0] for r in runs if r.failed})
     paths = report.write(args.work_dir)
     data = write_json(args.work_dir / "report.json", {**facts, "runs": [asdict(r) for r in runs]})
     return markdown_table(rows), [*paths, data]
+
+
+def _link(name: str, file: Path, args: argparse.Namespace) -> str:
+    """A link that works from the report's folder."""
+    return f"[{name}]({quote(os.path.relpath(file, args.work_dir))})"
+
+
+def _logs(run: Run, args: argparse.Namespace) -> str:
+    logs = [("what it printed", Path(run.work_dir, "run.log"))]
+    logs += [("scalars", file) for file in sorted(Path(run.work_dir).glob("*/vis_data/scalars.json"))]
+    return ", ".join(_link(name, file, args) for name, file in logs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 import normplug
 from normplug.bench.peers import versions
 
-__all__ = ["describe", "facts", "slug"]
+__all__ = ["current_commit", "describe", "facts", "slug"]
 
 
 def facts(device: torch.device, command: Sequence[str], commit: str | None = None) -> dict[str, object]:
@@ -38,7 +38,7 @@ def facts(device: torch.device, command: Sequence[str], commit: str | None = Non
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {"normplug": normplug.__version__, **versions()},
-        "commit": commit or _commit(),
+        "commit": commit or current_commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(command),
     }
@@ -76,7 +76,8 @@ def processor() -> str:
     return f"CPU {name}, {os.cpu_count()} cores"
 
 
-def _commit() -> str | None:
+def current_commit() -> str | None:
+    """Return the commit of normplug's folder, and whether it has changes since; None where it is no git repository."""
     folder = Path(normplug.__file__).parent
     commit = _output("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
     changed = commit and _output("git", "-C", str(folder), "status", "--porcelain", "-uno")

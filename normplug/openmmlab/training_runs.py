@@ -1,5 +1,7 @@
 """Trainings in processes of their own, followed through their logs: what the quickstart and the study share."""
 
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -13,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import mmengine
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from normplug._version import __version__
+from normplug.bench.facts import current_commit
 
 __all__ = [
     "NORMS",
@@ -30,6 +32,7 @@ __all__ = [
     "facts",
     "spread",
     "stretch_schedule",
+    "toolkit_versions",
 ]
 
 # label -> its place in the names of configs
@@ -48,6 +51,7 @@ TASKS = {
     "detection": [("coco/bbox_mAP", "box AP"), ("coco/segm_mAP", "mask AP")],
     "video": [("acc/top1", "top-1"), ("acc/top5", "top-5")],
 }
+PACKAGES = ("torch", "torchvision", "mmengine", "mmcv", "mmcv-lite", "mmdet", "mmaction2")  # that a result depends on
 _TRAIN_LINE = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\]")
 
 
@@ -248,12 +252,22 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def facts(use_gpu: bool) -> dict[str, str]:
-    """Return device and versions, as a report names them."""
+    """Return device, versions and commit, as a report names them."""
     gpu = torch.cuda.get_device_name() if use_gpu and torch.cuda.is_available() else None
+    commit = current_commit()
     return {
         "device": gpu or f"CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mmengine": mmengine.__version__,
+        **toolkit_versions(),
         "normplug": __version__,
+        **({"commit": commit} if commit else {}),
     }
+
+
+def toolkit_versions() -> dict[str, str]:
+    """Return the versions of the packages that a training's result depends on, of those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,11 +1,12 @@
 """What evaluating with a model costs: time and memory by batch size, parameters, FLOPs."""
 
 import copy
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from normplug.bench.measure import cpu_memory, quantile
 from normplug.openmmlab.comparison.norms import part_of
 
-__all__ = ["Cost", "Latency", "flops", "measure", "static_cost"]
+__all__ = ["PASSES", "Cost", "Latency", "Speed", "flops", "measure", "speed", "static_cost"]
 
 WARMUP = 2
-FEWEST, MOST = 5, 200  # repetitions
+PASSES = 3  # through all batch sizes: a machine that is busy for a while is so for a part of each measurement
+FEWEST, MOST = 4, 200  # repetitions in each
 FLOP_SAMPLES = 4
 
 
@@ -32,11 +34,40 @@ class Latency:
     high: float  # 75th
     repetitions: int
     peak_bytes: int  # of tensors beyond the weights and the batch
+    calls: list[float] = field(default_factory=list)  # each, in milliseconds, in the order of measurement
 
     @property
     def throughput(self) -> float:
         """Samples per second."""
         return 1e3 * self.batch_size / self.median
+
+
+class Speed(NamedTuple):
+    """How long B takes, as a multiple of A."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Which is faster, if that is more than the spread of the measurements."""
+        if self.low <= 1 <= self.high:
+            return "inside the noise"
+        return "A is faster" if self.ratio > 1 else "B is faster"
+
+
+def speed(a: Latency, b: Latency) -> Speed:
+    """Compare calls that were made in turns: the median of their ratios, and its 95% confidence interval.
+
+    The interval is that of order statistics: of n ratios the median lies between those of rank n/2 ± 0.98 sqrt(n) in
+    95 of 100 cases, whatever their distribution.
+    """
+    ratios = sorted(y / x for x, y in zip(a.calls, b.calls, strict=True))
+    n = len(ratios)
+    half = 0.98 * n**0.5
+    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
+    return Speed(quantile(ratios, 0.5), ratios[low], ratios[high])
 
 
 @dataclass
@@ -79,26 +110,32 @@ def measure(
         models: Models on one device, in evaluation mode.
         loader: The data; its batch size and workers do not matter.
         batch_sizes: Numbers of samples.
-        seconds: Time for each batch size and model; at least 5 repetitions are made whatever they take.
-        advance: Called after each batch size.
+        seconds: Time for each batch size and model; at least 12 repetitions are made whatever they take.
+        advance: Called after each batch size of each of the PASSES.
     """
     device = next(models[0].parameters()).device
     costs = [static_cost(model) for model in models]
     samples = [loader.dataset[i % len(loader.dataset)] for i in range(max([FLOP_SAMPLES, *batch_sizes]))]
     for cost, model in zip(costs, models, strict=True):
         cost.flops = flops(model, [loader.collate_fn([sample]) for sample in samples[:FLOP_SAMPLES]])
-    for size in batch_sizes:
-        batch = loader.collate_fn(samples[:size])
-        try:
-            times = _in_turns(models, batch, device, seconds)
-            peaks = [_peak(model, batch, device) for model in models]
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        else:
-            for cost, peak, took in zip(costs, peaks, times, strict=True):
-                quartiles = (quantile(took, q) for q in (0.5, 0.25, 0.75))
-                cost.latencies.append(Latency(size, *quartiles, len(took), peak))
-        advance()
+    batches = {size: loader.collate_fn(samples[:size]) for size in batch_sizes}
+    times: dict[int, list[list[float]]] = {size: [[] for _ in models] for size in batch_sizes}
+    for _ in range(PASSES):
+        for size in [size for size in batch_sizes if size in times]:
+            try:
+                for all_calls, calls in zip(
+                    times[size], _in_turns(models, batches[size], device, seconds / PASSES), strict=True
+                ):
+                    all_calls += calls
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                del times[size]
+            advance()
+    for size, of_size in times.items():
+        peaks = [_peak(model, batches[size], device) for model in models]
+        for cost, peak, took in zip(costs, peaks, of_size, strict=True):
+            quartiles = (quantile(took, q) for q in (0.5, 0.25, 0.75))
+            cost.latencies.append(Latency(size, *quartiles, len(took), peak, took))
     return costs
 
 

@@ -10,8 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normplug.openmmlab.comparison.bootstrap import FEWEST, Difference
+from normplug.openmmlab.comparison.config_difference import config_difference
+from normplug.openmmlab.comparison.cost import PASSES, speed
 from normplug.openmmlab.comparison.norms import Filters, Norm, Summary, part_of
 from normplug.openmmlab.comparison.run import Comparison
+from normplug.openmmlab.comparison.training import draw_trainings, find_training
 from normplug.reporting import Report, markdown_table, write_json
 
 __all__ = ["brief", "write"]
@@ -19,6 +22,8 @@ __all__ = ["brief", "write"]
 NOTHING = "–"
 LETTERS = ("A", "B")
 COLOURS = ("C0", "C1")
+MARKS = ("o", "s")
+LONGEST = 90  # characters of a setting that stands in the table; longer ones are folded
 MOST_ROWS = 40  # of a figure: of more classes those that differ most
 Rows = list[list[str]]
 
@@ -41,6 +46,8 @@ def write(comparison: Comparison, folder: Path, facts: Mapping[str, Any]) -> lis
     _report_classes(report, comparison)
     _report_cost(report, comparison)
     _report_norms(report, comparison)
+    _report_trainings(report, comparison)
+    _report_configs(report, comparison)
     report.heading("How this was made")
     report.facts({name: value for name, value in facts.items() if value is not None})
     paths = report.write(folder)
@@ -73,13 +80,13 @@ def _overall(comparison: Comparison) -> list[Difference]:
 
 
 def _metric_rows(differences: Iterable[Difference]) -> Rows:
-    rows = [["metric", "A", "B", "B − A", "95% interval", "verdict"]]
+    rows = [["metric", "verdict", "B − A", "95% interval", "A", "B"]]  # what is asked for stands on the left
     return rows + [[str(d.metric), *_cells(d)] for d in differences]
 
 
 def _cells(d: Difference) -> list[str]:
     interval = NOTHING if np.isnan(d.low) else f"{100 * d.low:+.1f} to {100 * d.high:+.1f}"
-    return [_percent(d.a), _percent(d.b), _percent(d.difference, "+.1f"), interval, d.verdict]
+    return [d.verdict, _percent(d.difference, "+.1f"), interval, _percent(d.a), _percent(d.b)]
 
 
 def _percent(value: float, form: str = ".1f") -> str:
@@ -139,11 +146,11 @@ def _report_classes(report: Report, comparison: Comparison) -> None:
     )
     drawn = []
     for title in dict.fromkeys(_kind(d) for d in by_class):
-        rows = [["class", unit, "A", "B", "B − A", "95% interval", "verdict", *(f"{size}: A → B" for size in sizes)]]
+        rows = [["class", "verdict", "B − A", "95% interval", "A", "B", unit, *(f"{size}: A → B" for size in sizes)]]
         whole = [d for d in by_class if (_kind(d), d.metric.size) == (title, "all")]
         for d in whole:
             cells = [_arrow(by_key.get(d.metric._replace(size=size))) for size in sizes]
-            rows.append([d.metric.category, str(d.support), *_cells(d), *cells])
+            rows.append([d.metric.category, *_cells(d), str(d.support), *cells])
         report.table(rows, f"{title[0].upper()}{title[1:]}, in %.{' A star: outside the noise.' if sizes else ''}")
         drawn.append((title, sorted(whole, key=lambda d: -abs(d.difference))[:MOST_ROWS]))
     height = max(len(most) for _, most in drawn)
@@ -189,35 +196,48 @@ def _report_cost(report: Report, comparison: Comparison) -> None:
     report.table(rows, flops if parts else "")
     if not any(c.latencies for c in costs):
         return
-    rows = [["batch", "A (ms)", "B (ms)", "B / A", "A (per s)", "B (per s)", "A peak (MB)", "B peak (MB)"]]
-    for a, b in zip(*(c.latencies for c in costs), strict=True):
+    pairs = list(zip(*(c.latencies for c in costs), strict=True))
+    speeds = [speed(a, b) for a, b in pairs]
+    rows = [["batch", "verdict", "time B / A", "95% interval", "A (ms)", "B (ms)"]]
+    rows[0] += ["A (per s)", "B (per s)", "A peak (MB)", "B peak (MB)"]
+    for (a, b), found in zip(pairs, speeds, strict=True):
         times = [f"{x.median:.1f} ({x.low:.1f} to {x.high:.1f})" for x in (a, b)]
-        speeds = [f"{x.throughput:.1f}" for x in (a, b)]
-        rows.append([str(a.batch_size), *times, _ratio(a.median, b.median), *speeds, *(_mb(x) for x in (a, b))])
+        rates = [f"{x.throughput:.1f}" for x in (a, b)]
+        interval = f"{found.low:.3f} to {found.high:.3f}"
+        rows.append([str(a.batch_size), found.verdict, f"{found.ratio:.3f}", interval, *times, *rates, _mb(a), _mb(b)])
     cached = f" From cache, measured {comparison.costs_from_cache}." if comparison.costs_from_cache else ""
+    drowned = [str(a.batch_size) for (a, _), found in zip(pairs, speeds, strict=True) if "faster" not in found.verdict]
     report.table(
         rows,
-        "Milliseconds of a batch: median (25% to 75%) of calls of A and B in turns, from preprocessing to the final "
-        "results, loading not included; then samples per second; then the peak of the memory that torch allocates "
-        f"during a call, beyond the weights and the batch.{cached}",
+        f"Calls of A and B in turns, in {PASSES} passes through all batch sizes, from preprocessing to the final "
+        "results, loading not included. B / A: the median of the ratios of neighbouring calls, and its 95% interval: "
+        "if that holds 1, the spread of the measurements drowns the difference. Milliseconds of a batch: median (25% "
+        "to 75%); then samples per second; then the peak of the memory that torch allocates during a call, beyond "
+        f"the weights and the batch.{cached}",
     )
+    if drowned:
+        report.text(
+            f"At batch size {', '.join(drowned)} the spread drowns the difference: measure on an idle machine, or with "
+            f"a larger `--seconds`, before you say that one is faster."
+        )
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    for cost, letter, colour in zip(costs, LETTERS, COLOURS, strict=True):
-        sizes = [x.batch_size for x in cost.latencies]
-        style = {"color": colour, "marker": "o", "label": letter}
-        panels[0].plot(sizes, [x.median for x in cost.latencies], **style)
-        panels[0].fill_between(
-            sizes, [x.low for x in cost.latencies], [x.high for x in cost.latencies], color=colour, alpha=0.2
-        )
-        panels[1].plot(sizes, [x.throughput for x in cost.latencies], **style)
-        panels[2].plot(sizes, [x.peak_bytes / 1e6 for x in cost.latencies], **style)
+    at = np.arange(len(pairs))
+    for i, (cost, letter, colour, mark) in enumerate(zip(costs, LETTERS, COLOURS, MARKS, strict=True)):
+        place = at + 0.16 * (2 * i - 1)  # side by side: neither hides the other
+        style = {"color": colour, "marker": mark, "label": letter, "linestyle": "none", "capsize": 3}
+        middle, low, high = (np.array([getattr(x, q) for x in cost.latencies]) for q in ("median", "low", "high"))
+        rate, size = 1e3 / middle, np.array([x.batch_size for x in cost.latencies])
+        panels[0].errorbar(place, middle, [middle - low, high - middle], **style)
+        panels[1].errorbar(place, size * rate, [size * (rate - 1e3 / high), size * (1e3 / low - rate)], **style)
+        panels[2].plot(place, [x.peak_bytes / 1e6 for x in cost.latencies], mark, color=colour)
     for axes, title in zip(panels, ("ms per batch", "samples per second", "peak memory (MB)"), strict=True):
-        axes.set(title=title, xlabel="batch size", xticks=sizes, ylim=(0, None))
-        axes.grid(alpha=0.3)
+        axes.set(title=title, xlabel="batch size", ylim=(0, None))
+        axes.set_xticks(at, [str(a.batch_size) for a, _ in pairs])
+        axes.grid(axis="y", alpha=0.3)
     panels[0].legend()
     report.figure(
-        figure, "cost", "Time, throughput and memory by batch size; the band is the middle half of the calls."
+        figure, "cost", "Time, throughput and memory by batch size; the bars hold the middle half of the calls."
     )
 
 
@@ -244,16 +264,16 @@ def _report_norms(report: Report, comparison: Comparison) -> None:
     )
     report.table(_part_rows(comparison.norms), "Layers by part of the model. Dead: channels, of all that were called.")
     if any(comparison.norms):
-        figure = Figure(figsize=(11, 5.5), layout="constrained")
+        figure = Figure(figsize=(9, 1.2 + 0.22 * len(_by_place(comparison.norms))), layout="constrained")
         _draw_norms(figure, comparison.norms)
         report.figure(
             figure,
             "norms",
-            "Effective scale of each layer's channels (median, and the band from 5% to 95%), and the share of dead "
+            "Effective scale of each layer's channels (median, and the line from 5% to 95%), and the share of dead "
             "channels, by layer in the order of the model.",
         )
-        report.heading("Layer by layer", 3)
-        report.table(
+        report.folded(
+            "Layer by layer",
             _norm_rows(comparison.norms),
             "Mean (smallest to largest) over the channels; of weights and scales, of their absolute values.",
         )
@@ -328,34 +348,70 @@ def _spread(summary: Summary | None) -> str:
 
 
 def _draw_norms(figure: Figure, norms: Sequence[Sequence[Norm]]) -> None:
+    """Draw a row for each layer, with its name, A above B in it."""
     pairs = _by_place(norms)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for i, (letter, colour) in enumerate(zip(LETTERS, COLOURS, strict=True)):
-        at = [x for x, pair in enumerate(pairs) if pair[i] is not None]
-        if not at:
-            continue
-        scales = [np.quantile(pairs[x][i].scales, [0.05, 0.5, 0.95]) for x in at]
-        low, middle, high = (np.array(values) for values in zip(*scales, strict=True))
-        above.plot(at, middle, marker=".", color=colour, label=letter)
-        above.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-        called = [(x, pairs[x][i]) for x in at if pairs[x][i].dead is not None]
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    for i, (letter, colour, mark) in enumerate(zip(LETTERS, COLOURS, MARKS, strict=True)):
+        rows = [(y + 0.18 * (2 * i - 1), pair[i]) for y, pair in enumerate(pairs) if pair[i] is not None]
+        for y, norm in rows:
+            low, middle, high = np.quantile(norm.scales, [0.05, 0.5, 0.95])
+            left.plot([low, high], [y, y], color=colour, linewidth=1)
+            left.plot(middle, y, mark, color=colour, markersize=4)
+        called = [(y, norm) for y, norm in rows if norm.dead is not None]
         shares = [100 * len(norm.dead) / norm.channels for _, norm in called]
-        below.bar([x + (i - 0.5) * 0.4 for x, _ in called], shares, 0.4, color=colour)
-    parts = [part_of(next(norm for norm in pair if norm is not None).name) for pair in pairs]
-    starts = [x for x, part in enumerate(parts) if x == 0 or parts[x - 1] != part]
-    for axes in (above, below):
-        for start in starts[1:]:
-            axes.axvline(start - 0.5, color="0.6", linewidth=0.8, linestyle=":")
-        axes.grid(axis="y", alpha=0.3)
-    above.set_yscale("log", nonpositive="clip")
-    above.set_ylim(bottom=max(above.get_ylim()[0], 1e-6))
-    above.set_ylabel("effective scale")
-    above.legend()
-    below.set_ylabel("dead (%)")
-    below.set_ylim(0, max(1, below.get_ylim()[1]))
-    names = [parts[x].replace(".", ".\n") for x in starts]
-    below.set_xticks(starts, names, ha="left", fontsize="small")
-    below.set_xlabel("layer")
+        right.barh([y for y, _ in called], shares, 0.34, color=colour)
+        if rows:
+            left.plot([], [], mark, color=colour, label=letter)
+    names = [next(norm for norm in pair if norm is not None).name for pair in pairs]
+    left.set_yticks(range(len(pairs)), names, fontsize="x-small")
+    left.set_ylim(len(pairs) - 0.5, -0.5)
+    left.set_xscale("log", nonpositive="clip")
+    left.set_xlim(left=max(left.get_xlim()[0], 1e-6))
+    left.set_xlabel("effective scale")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    right.set_xlabel("dead (%)")
+    right.set_xlim(0, max(1, right.get_xlim()[1]))
+    parts = [part_of(name) for name in names]
+    for axes in (left, right):
+        for y in (y for y in range(1, len(parts)) if parts[y] != parts[y - 1]):
+            axes.axhline(y - 0.5, color="0.6", linewidth=0.8, linestyle=":")
+        axes.grid(axis="x", alpha=0.3)
+
+
+# --- how they came to be
+
+
+def _report_trainings(report: Report, comparison: Comparison) -> None:
+    found = {s.letter: find_training(s.checkpoint, comparison.task) for s in comparison.sides}
+    report.heading("Training")
+    without = [s for s in comparison.sides if found[s.letter] is None]
+    if without:
+        report.text(
+            f"No log of {' and '.join(s.letter for s in without)}: looked for `*/vis_data/scalars.json` beside "
+            f"`{without[0].checkpoint}`. Leave the checkpoint in the work dir of its training to see the curves here."
+        )
+    known = {letter: outcome for letter, outcome in found.items() if outcome is not None}
+    if known:
+        styles = (dict(zip(LETTERS, values, strict=True)) for values in (COLOURS, MARKS))
+        report.figure(
+            draw_trainings(known, comparison.task, *styles),
+            "training",
+            "Training loss (pale: each logged value; strong: means of neighbours) and metrics during training.",
+        )
+
+
+def _report_configs(report: Report, comparison: Comparison) -> None:
+    report.heading("What the configs differ in")
+    rows = config_difference(*(s.cfg for s in comparison.sides))
+    if not rows:
+        report.text("Nothing, but for where they write.")
+        return
+    short = [row for row in rows if max(map(len, row)) <= LONGEST]
+    long = [row for row in rows if row not in short]
+    if short:
+        report.table([["setting", *LETTERS], *map(list, short)])
+    for path, a, b in long:
+        report.folded(path, [["", "value"], ["A", a], ["B", b]])
 
 
 # --- all numbers
@@ -382,4 +438,5 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
         "cost_from_cache": comparison.costs_from_cache,
         "norms": [[asdict(norm) for norm in side] for side in comparison.norms],
         "filters": [[asdict(f) for f in side] for side in comparison.filters],
+        "config_difference": [list(row) for row in config_difference(*(s.cfg for s in comparison.sides))],
     }

@@ -22,7 +22,7 @@ from normplug.bench.facts import processor
 from normplug.openmmlab.comparison.accuracy import Accuracy
 from normplug.openmmlab.comparison.average_precision import AveragePrecision, evaluate
 from normplug.openmmlab.comparison.bootstrap import Difference, compare
-from normplug.openmmlab.comparison.cost import Cost, Latency, measure, static_cost
+from normplug.openmmlab.comparison.cost import PASSES, Cost, Latency, measure, static_cost
 from normplug.openmmlab.comparison.norms import Filters, Norm, OutputRanges, filters_of, norms_of
 from normplug.openmmlab.comparison.predictions import DATE, EMPTY, Cache, Predictions, fingerprint, predict
 from normplug.openmmlab.comparison.sides import Side, check_comparable, evaluators, metrics_of, names_of, task_of
@@ -168,7 +168,7 @@ def _costs(
         return [Cost(**{**c, "latencies": of_c}) for c, of_c in zip(known["costs"], latencies, strict=True)], known[
             "date"
         ]
-    with bar("time and memory", len(batch_sizes)) as advance:
+    with bar("time and memory", PASSES * len(batch_sizes)) as advance:
         costs = measure([model.to(device) for model in models], loader, batch_sizes, seconds, advance)
     cache.put("cost", key, {"costs": [asdict(cost) for cost in costs], "date": time.strftime(DATE)})
     return costs, ""
