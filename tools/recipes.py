@@ -100,7 +100,7 @@ def _optimization(cfg: Config) -> dict[str, str]:
 def _warm_up(scheduler) -> str:
     if scheduler is None:
         return "none"
-    unit = "epochs" if scheduler.by_epoch else "iterations"
+    unit = "iterations" if not scheduler.by_epoch else "epoch" if scheduler.end == 1 else "epochs"
     return f"{scheduler.end} {unit} from {scheduler.start_factor:.3g}"
 
 

@@ -3,7 +3,7 @@
 # is our own choice: the paper's networks are pre-activation. The control is the gn file.
 # Published: nothing in this recipe.
 # Source: our own study, in the recipe of video-nonlocal-net.
-# Differs: length 100 epochs (there 400000 iterations); lr / 10 after 40, 80 (there 150000, 300000); warm-up 1 epochs
+# Differs: length 100 epochs (there 400000 iterations); lr / 10 after 40, 80 (there 150000, 300000); warm-up 1 epoch
 # from 0.01 (there none).
 # Recipe: From the gn file's 2-D checkpoint (GN's weight and bias, v at its initial 1). One epoch of warm-up, which the
 # BN and GN recipes do not have, because the residual sums are not normalized.

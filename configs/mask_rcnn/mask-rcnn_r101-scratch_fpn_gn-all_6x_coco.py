@@ -2,9 +2,8 @@
 # Published: box/mask AP 42.7/37.6 (Rethinking ImageNet Pre-training, arXiv 1811.08883, Table 2; unverified).
 # Source: arXiv 1811.08883, which names Detectron's recipe; fields of Detectron's scratch_e2e files with 540k
 # iterations.
-# Differs: length 540000 iterations (there 180000 iterations); lr / 10 after 480000, 520000 (there 120000, 160000);
-# proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU); coordinates
-# continuous (there of whole pixels).
+# Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
+# coordinates continuous (there of whole pixels).
 # Cost: 8 GPUs x 2 images, 540k iterations; estimate: 186 h on 8 P100, in proportion to the 93.2 h of Detectron's 3x
 # run.
 _base_ = "./mask-rcnn_r50-scratch_fpn_gn-all_6x_coco.py"

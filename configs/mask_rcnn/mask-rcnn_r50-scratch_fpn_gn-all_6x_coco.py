@@ -3,9 +3,8 @@
 # AP 41.2/37.4 (mmdet 3.3.0, metafile.yml; checked).
 # Source: arXiv 1811.08883, which names Detectron's recipe; fields of Detectron's scratch_e2e files with 540k
 # iterations.
-# Differs: length 540000 iterations (there 180000 iterations); lr / 10 after 480000, 520000 (there 120000, 160000);
-# proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU); coordinates
-# continuous (there of whole pixels).
+# Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
+# coordinates continuous (there of whole pixels).
 # Differs from mmdet 3.3.0, metafile.yml: length 540000 iterations (there 73 epochs); lr / 10 after 480000, 520000
 # (there 65, 71); warm-up 500 iterations from 0.333 (there 500 iterations from 0.001); biases lr x 2, decay x 0 (there
 # as weights); input BGR, mean 102.98 115.947 122.772, std 1 (there RGB, mean 123.675 116.28 103.53, std 58.395 57.12

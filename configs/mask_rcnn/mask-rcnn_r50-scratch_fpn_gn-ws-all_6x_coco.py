@@ -1,9 +1,8 @@
 # GN and standardized convolutions in the backbone, FPN and heads, from scratch.
 # Published: nothing in this recipe.
 # Source: our own experiment, in Detectron's recipe for GN from scratch, 6x.
-# Differs: length 540000 iterations (there 180000 iterations); lr / 10 after 480000, 520000 (there 120000, 160000);
-# proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU); coordinates
-# continuous (there of whole pixels).
+# Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
+# coordinates continuous (there of whole pixels).
 # Recipe: The control is the gn-all file.
 # Cost: 8 GPUs x 2 images, 540k iterations.
 _base_ = [

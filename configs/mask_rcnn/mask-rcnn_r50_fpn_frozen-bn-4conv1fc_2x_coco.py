@@ -6,6 +6,16 @@
 # configs/12_2017_baselines/e2e_mask_rcnn_R-50-FPN_2x.yaml.
 # Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
 # coordinates continuous (there of whole pixels).
+# Differs from GN paper, arXiv 1803.08494, section 4.2: GPUs x samples 8 x 2 (there 8 x 1); lr 0.02 (there not stated);
+# length 180000 iterations (there not stated); lr / 10 after 120000, 160000 (there not stated); input BGR, mean 102.98
+# 115.947 122.772, std 1 (there not stated); stride in 1x1 (there not stated); proposals 2000 a level, then 1000 an
+# image (there 2000 a level, then 2000 for the 2 images of a GPU); coordinates continuous (there of whole pixels);
+# weights open-mmlab://detectron2/resnet50_caffe (there the authors' own BN ResNet-50).
+# Differs from GN paper, arXiv 1803.08494, Table 5: GPUs x samples 8 x 2 (there 8 x 1); lr 0.02 (there not stated);
+# length 180000 iterations (there not stated); lr / 10 after 120000, 160000 (there not stated); input BGR, mean 102.98
+# 115.947 122.772, std 1 (there not stated); stride in 1x1 (there not stated); proposals 2000 a level, then 1000 an
+# image (there 2000 a level, then 2000 for the 2 images of a GPU); coordinates continuous (there of whole pixels);
+# weights open-mmlab://detectron2/resnet50_caffe (there the authors' own BN ResNet-50).
 # Recipe: The paper trained with 1 image per GPU and its own BN ResNet-50, which it found as good as the one here,
 # Detectron's default from MSRA; the number of iterations and lr for 1 image are not stated, so these are the released
 # ones for 2.

@@ -2,9 +2,8 @@
 # Published: box/mask AP 40.8/36.1 (Detectron, projects/GN/README.md; checked); box/mask AP 40.5/36.7 (mmdet 3.3.0,
 # metafile.yml; checked).
 # Source: facebookresearch/Detectron, configs/04_2018_gn_baselines/e2e_mask_rcnn_R-50-FPN_3x_gn.yaml.
-# Differs: length 270000 iterations (there 180000 iterations); lr / 10 after 210000, 250000 (there 120000, 160000);
-# proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU); coordinates
-# continuous (there of whole pixels).
+# Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
+# coordinates continuous (there of whole pixels).
 # Differs from mmdet 3.3.0, metafile.yml: length 270000 iterations (there 36 epochs); lr / 10 after 210000, 250000
 # (there 28, 34); warm-up 500 iterations from 0.333 (there 500 iterations from 0.001); decay of norms 0 (there 0.0001);
 # biases lr x 2, decay x 0 (there as weights); input BGR, mean 102.98 115.947 122.772, std 1 (there BGR, mean 103.53
