@@ -300,7 +300,8 @@ def headers() -> Iterator[tuple[Path, str]]:
         path = ROOT / model["Config"]
         header = Header.of(path.read_text())
         cost, note = header.parts.get("Cost", ""), header.parts.get("Recipe")
-        header.parts = {"Published": published(model), **compared(Config.fromfile(path), model)}
+        cfg = recipes.load(path)
+        header.parts = {"Published": published(cfg, model), **compared(cfg, model)}
         header.parts |= ({"Recipe": note} if note else {}) | {"Cost": cost}
         yield path, header.text()
 
@@ -312,26 +313,18 @@ def models() -> list[dict]:
     return [model for file in files for model in file["Models"]]
 
 
-def numbers(metrics: dict) -> str:
-    """Return '40.3/35.7' of {'box AP': 40.3, 'mask AP': 35.7}."""
-    return "/".join(str(value) for value in metrics.values())
-
-
-def published(model: dict) -> str:
+def published(cfg: Config, model: dict) -> str:
     """Return the sentence about the numbers of others."""
     if not model["Published"]:
         return model.get("Nothing Published", "nothing in this recipe.")
-    what = {1: "box AP", 2: "box/mask AP"}
+    kinds = {"box AP": "box AP", "mask AP": "mask AP", "box AP, mask AP": "box/mask AP"}
     found = []
     for entry in model["Published"]:
-        kind = "top-1/top-5" if "Top 1 Accuracy" in entry["Metrics"] else what[len(entry["Metrics"])]
-        found.append(f"{kind} {numbers(entry['Metrics'])} ({entry['Source']}; {status(entry)})")
+        kind = kinds.get(", ".join(entry["Metrics"]), "top-1/top-5")
+        batch = recipes.batch_elsewhere(cfg, entry.get("Recipe", model["Recipe"]))
+        about = f"{entry['Source']}; {recipes.status(entry)}{batch}"
+        found.append(f"{kind} {recipes.numbers(entry['Metrics'])} ({about})")
     return "; ".join(found) + "."
-
-
-def status(entry: dict) -> str:
-    """Return 'checked', 'unverified' or 'second-hand, seen in ...'."""
-    return entry["Status"] + (f", seen in {entry['Seen']}" if "Seen" in entry else "")
 
 
 def compared(cfg: Config, model: dict) -> dict[str, str]:

@@ -1,6 +1,6 @@
 # GN and standardized convolutions in the backbone, FPN and heads, x101-32x4d.
 # Published: box AP 42.1 (mmdet 3.3.0, metafile.yml; checked); box AP 41.9 (joe-siyuan-qiao/maskrcnn-benchmark, README;
-# checked).
+# checked; at 4 x 1 samples).
 # Source: mmdet 3.3.0, configs/gn+ws/faster-rcnn_x101-32x4d_fpn_gn-ws-all_1x_coco.py.
 # Differs from joe-siyuan-qiao/maskrcnn-benchmark, README: GPUs x samples 8 x 2 (there 4 x 1); lr 0.02 (there 0.005);
 # length 12 epochs (there 360000 iterations); lr / 10 after 8, 11 (there 240000, 320000); warm-up 500 iterations from

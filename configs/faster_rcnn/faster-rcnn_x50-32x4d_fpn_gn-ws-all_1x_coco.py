@@ -1,6 +1,6 @@
 # GN and standardized convolutions in the backbone, FPN and heads, x50-32x4d.
 # Published: box AP 40.7 (mmdet 3.3.0, metafile.yml; checked); box AP 40.25 (joe-siyuan-qiao/maskrcnn-benchmark, README;
-# checked).
+# checked; at 4 x 2 samples).
 # Source: mmdet 3.3.0, configs/gn+ws/faster-rcnn_x50-32x4d_fpn_gn-ws-all_1x_coco.py.
 # Differs from joe-siyuan-qiao/maskrcnn-benchmark, README: GPUs x samples 8 x 2 (there 4 x 2); lr 0.02 (there 0.01);
 # length 12 epochs (there 180000 iterations); lr / 10 after 8, 11 (there 120000, 160000); warm-up 500 iterations from

@@ -1,6 +1,6 @@
 # GN and standardized convolutions in the backbone, FPN and heads, r101, late decay.
 # Published: box/mask AP 43.1/38.6 (mmdet 3.3.0, metafile.yml; checked); box/mask AP 42.73/37.92
-# (joe-siyuan-qiao/maskrcnn-benchmark, README; checked).
+# (joe-siyuan-qiao/maskrcnn-benchmark, README; checked; at 4 x 1 samples).
 # Source: mmdet 3.3.0, configs/gn+ws/mask-rcnn_r101_fpn_gn-ws-all_20-23-24e_coco.py.
 # Differs from joe-siyuan-qiao/maskrcnn-benchmark, README: GPUs x samples 8 x 2 (there 4 x 1); lr 0.02 (there 0.005);
 # length 24 epochs (there 720000 iterations); lr / 10 after 20, 23 (there 600000, 680000); warm-up 500 iterations from

@@ -1,8 +1,7 @@
 # GN in the backbone, FPN, box head and mask head, from scratch.
-# Published: box/mask AP 41.3/36.6 (Rethinking ImageNet Pre-training, arXiv 1811.08883, Table 2; unverified); box/mask
-# AP 41.2/37.4 (mmdet 3.3.0, metafile.yml; checked).
-# Source: arXiv 1811.08883, which names Detectron's recipe; fields of Detectron's scratch_e2e files with 540k
-# iterations.
+# Published: box/mask AP 41.3/36.6 (Rethinking ImageNet Pre-training, arXiv 1811.08883, Table 2; checked); box/mask AP
+# 41.2/37.4 (mmdet 3.3.0, metafile.yml; checked).
+# Source: arXiv 1811.08883, section 4; what it leaves to Detectron, from Detectron's scratch_e2e files.
 # Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
 # coordinates continuous (there of whole pixels).
 # Differs from mmdet 3.3.0, metafile.yml: length 540000 iterations (there 73 epochs); lr / 10 after 480000, 520000

@@ -1,7 +1,8 @@
 # BN* in the backbone (MSRA's ResNet-50; statistics, weight and bias frozen, as in Detectron), no norm elsewhere, box
 # head of four convolutions: the control for GN in the box head.
-# Published: box AP 38.6 (GN paper, arXiv 1803.08494, section 4.2; checked); box AP 34.2 (GN paper, arXiv 1803.08494,
-# Table 5; unverified); box/mask AP 38.8/34.4 (Detectron, projects/GN/README.md; checked).
+# Published: box AP 38.6 (GN paper, arXiv 1803.08494, section 4.2; checked; at 8 x 1 samples); mask AP 34.2 (GN paper,
+# arXiv 1803.08494, Table 5; unverified; at 8 x 1 samples); box/mask AP 38.8/34.4 (Detectron, projects/GN/README.md;
+# checked).
 # Source: facebookresearch/Detectron, projects/GN/README.md (a note),
 # configs/12_2017_baselines/e2e_mask_rcnn_R-50-FPN_2x.yaml.
 # Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);

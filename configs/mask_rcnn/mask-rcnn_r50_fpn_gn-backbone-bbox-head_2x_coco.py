@@ -1,6 +1,6 @@
 # GN in the backbone and the box head of four convolutions, none in FPN and mask head.
-# Published: box AP 40.0 (GN paper, arXiv 1803.08494, section 4.2; checked); box AP 34.8 (GN paper, arXiv 1803.08494,
-# Table 5; unverified).
+# Published: box AP 40.0 (GN paper, arXiv 1803.08494, section 4.2; checked; at 8 x 1 samples); mask AP 34.8 (GN paper,
+# arXiv 1803.08494, Table 5; unverified; at 8 x 1 samples).
 # Source: arXiv 1803.08494, section 4.2; what it does not say, from the files that it released.
 # Differs: GPUs x samples 8 x 2 (there 8 x 1); lr 0.02 (there not stated); length 180000 iterations (there not stated);
 # lr / 10 after 120000, 160000 (there not stated); proposals 2000 a level, then 1000 an image (there 2000 a level, then

@@ -1,7 +1,7 @@
 # BN* in the backbone (MSRA's ResNet-50; statistics, weight and bias frozen, as in Detectron); GN in the box head of
 # four convolutions alone.
-# Published: box AP 39.5 (GN paper, arXiv 1803.08494, section 4.2; checked); box AP 34.4 (GN paper, arXiv 1803.08494,
-# Table 5; unverified).
+# Published: box AP 39.5 (GN paper, arXiv 1803.08494, section 4.2; checked; at 8 x 1 samples); mask AP 34.4 (GN paper,
+# arXiv 1803.08494, Table 5; unverified; at 8 x 1 samples).
 # Source: arXiv 1803.08494, section 4.2; what it does not say, from the files that it released.
 # Differs: GPUs x samples 8 x 2 (there 8 x 1); lr 0.02 (there not stated); length 180000 iterations (there not stated);
 # lr / 10 after 120000, 160000 (there not stated); input BGR, mean 102.98 115.947 122.772, std 1 (there not stated);

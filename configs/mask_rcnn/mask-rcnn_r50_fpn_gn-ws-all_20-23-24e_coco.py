@@ -1,6 +1,6 @@
 # GN and weight standardization everywhere, with the late decay of the paper: 24 epochs, lr / 10 after 20 and 23.
 # Published: box/mask AP 41.1/37.1 (mmdet 3.3.0, metafile.yml; checked); box/mask AP 40.81/36.51
-# (joe-siyuan-qiao/maskrcnn-benchmark, README; checked).
+# (joe-siyuan-qiao/maskrcnn-benchmark, README; checked; at 4 x 2 samples).
 # Source: mmdet 3.3.0, configs/gn+ws/mask-rcnn_r50_fpn_gn-ws-all_20-23-24e_coco.py.
 # Differs from joe-siyuan-qiao/maskrcnn-benchmark, README: GPUs x samples 8 x 2 (there 4 x 2); lr 0.02 (there 0.01);
 # length 24 epochs (there 360000 iterations); lr / 10 after 20, 23 (there 300000, 340000); warm-up 500 iterations from
