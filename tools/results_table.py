@@ -25,11 +25,12 @@ Written by `python tools/results_table.py` from `configs/**/metafile.yml`, `conf
 - **second-hand**: seen only where the table says;
 - **unverified**: recalled or copied, not compared with the source.
 
-"Control" is BN\\* (BN with frozen ImageNet statistics; in the video rows BN) of the same source. Compare a norm with it,
-and not with the control of another toolkit: mmdet's own BN\\* rose from 37.3/34.2 in 2019 to 38.2/34.7 with the same
-network and schedule, more than many differences between norms. "Differs" names what our config does not have from the
-recipe behind that number; its header has the values. Two things differ from every toolkit that is older than mmdet 2
-and Detectron2: here boxes are continuous, there they were counted in whole pixels, and RoIAlign was half a pixel off.
+"Control" is BN\\* (BN with frozen ImageNet statistics; in the video rows BN) of the same source. Compare a norm with
+it, and not with the control of another toolkit: mmdet's own BN\\* rose from 37.3/34.2 in 2019 to 38.2/34.7 with the
+same network and schedule, more than many differences between norms. "Differs" names what our config does not have from
+the recipe behind that number; its header has the values. "Coordinates" differ from every toolkit that is older than
+mmdet 2 and Detectron2: here boxes are continuous; there they were counted in whole pixels, and RoIAlign was half a
+pixel off.
 
 "Reproduced" are our own runs of the config. Two runs of the same config differ by about 0.2 AP or 0.3 top-1. "Hours"
 are estimates for 8 V100: [scaling.md](scaling.md#hours) says from what, and – stands where nobody has published the
@@ -94,9 +95,7 @@ def page() -> str:
         rows = [row(model, path.parent) for model in meta["Models"]]
         columns = ["config", "GPUs x batch, length", "hours", "published", "control", "differs", "reproduced"]
         parts.append("\n".join([f"## configs/{path.parent.name}", "", *table(columns, rows), ""]))
-    others = [
-        [entry["Model"].replace("*", "\\*"), number(entry), control(entry)] for entry in published()["Others"]
-    ]
+    others = [[entry["Model"].replace("*", "\\*"), number(entry), control(entry)] for entry in published()["Others"]]
     parts.append("\n".join(["## No config here", "", *table(["model", "published", "control"], others), ""]))
     return "\n".join(parts)
 
@@ -124,14 +123,17 @@ def row(model: dict, folder: Path) -> list[str]:
     entries = model["Published"]
     cfg = recipes.load(ROOT / model["Config"])
     followed = [entry.get("Recipe", model["Recipe"]) for entry in entries]
+    batches = [recipes.batch_elsewhere(cfg, recipe) for recipe in followed]
     cells = {
-        "published": [number(e, recipes.batch_elsewhere(cfg, r)) for e, r in zip(entries, followed)] or ["none"],
+        "published": [number(*pair) for pair in zip(entries, batches, strict=True)] or ["none"],
         "control": [control(entry) for entry in entries],
         "differs": [", ".join(recipes.differences(cfg, recipe)) or "–" for recipe in followed],
     }
-    own = {name: value for result in model["Results"] for name, value in result["Metrics"].items()}
     link = f"[{model['Name']}](../configs/{folder.name}/{model['Name']}.py)"
-    return [link, size, hours(model), *("<br>".join(c) for c in cells.values()), recipes.numbers(own, ' / ') or "not run yet"]
+    own = recipes.numbers(
+        {name: value for result in model["Results"] for name, value in result["Metrics"].items()}, " / "
+    )
+    return [link, size, hours(model), *("<br>".join(cell) for cell in cells.values()), own or "not run yet"]
 
 
 def number(entry: dict, batch: str = "") -> str:

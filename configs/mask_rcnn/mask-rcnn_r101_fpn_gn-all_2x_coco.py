@@ -11,4 +11,6 @@
 # RPN L1, head L1); anchors over the border left out (there used).
 # Cost: 8 GPUs x 2 images, 180k iterations; Detectron took 57.5 h on 8 P100.
 _base_ = "./mask-rcnn_r50_fpn_gn-all_2x_coco.py"
-model = dict(backbone=dict(depth=101, init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://detectron/resnet101_gn")))
+model = dict(
+    backbone=dict(depth=101, init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://detectron/resnet101_gn"))
+)

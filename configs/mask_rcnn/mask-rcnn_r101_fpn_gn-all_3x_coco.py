@@ -11,4 +11,6 @@
 # RPN L1, head L1); anchors over the border left out (there used).
 # Cost: 8 GPUs x 2 images, 270k iterations; Detectron took 87.9 h on 8 P100.
 _base_ = "./mask-rcnn_r50_fpn_gn-all_3x_coco.py"
-model = dict(backbone=dict(depth=101, init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://detectron/resnet101_gn")))
+model = dict(
+    backbone=dict(depth=101, init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://detectron/resnet101_gn"))
+)

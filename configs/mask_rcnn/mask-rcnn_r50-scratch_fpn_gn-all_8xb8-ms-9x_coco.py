@@ -8,7 +8,5 @@ _base_ = [
     "../_base_/schedules/detectron2-9x.py",
     "../_base_/coco_runtime_by-iteration.py",
 ]
-model = dict(
-    data_preprocessor=dict(mean=[103.53, 116.28, 123.675], std=[57.375, 57.12, 58.395], bgr_to_rgb=False)
-)
+model = dict(data_preprocessor=dict(mean=[103.53, 116.28, 123.675], std=[57.375, 57.12, 58.395], bgr_to_rgb=False))
 optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
