@@ -8,7 +8,7 @@
 # level, then 2000 for the 2 images of a GPU); sampling ratio 0 (there 2); losses of boxes RPN L1, head L1 (there RPN
 # smooth L1 (0.111), head smooth L1 (1)); anchors over the border used (there left out); coordinates continuous (there
 # of whole pixels); weights torchvision://resnet50 (there open-mmlab://detectron2/resnet50_caffe); norms BN* (weight and
-# bias trained) in backbone; none in FPN, box head (there BN* in backbone; none in FPN, box head).
+# bias trained) in backbone, none in FPN + box head (there BN* in backbone, none in FPN + box head).
 # Cost: 8 GPUs x 2 images, 24 epochs.
 _base_ = [
     "mmdet::_base_/models/faster-rcnn_r50_fpn.py",

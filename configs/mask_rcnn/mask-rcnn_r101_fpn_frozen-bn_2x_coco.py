@@ -10,8 +10,8 @@
 # 2000 a level, then 2000 for the 2 images of a GPU); sampling ratio 0 (there 2); losses of boxes RPN L1, head L1 (there
 # RPN smooth L1 (0.111), head smooth L1 (1)); anchors over the border used (there left out); coordinates continuous
 # (there of whole pixels); weights torchvision://resnet101 (there open-mmlab://detectron2/resnet101_caffe); norms BN*
-# (weight and bias trained) in backbone; none in FPN, box head, mask head (there BN* in backbone; none in FPN, box head,
-# mask head).
+# (weight and bias trained) in backbone, none in FPN + box head + mask head (there BN* in backbone, none in FPN + box
+# head + mask head).
 # Cost: 8 GPUs x 2 images, 24 epochs; Detectron took 49.7 h on 8 P100.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
