@@ -148,7 +148,7 @@ def smaller(config: Path | str, epochs: int = 1, workers: bool = True) -> list[s
     return [f"{key}={value}".replace(" ", "") for key, value in options.items()]
 
 
-_SIZES = {"scale", "scales", "size", "crop_size", "input_size", "clip_len", "num_clips"}
+_SIZES = {"scale", "scales", "scale_range", "size", "crop_size", "input_size", "clip_len", "num_clips"}
 
 
 def _smaller_sizes(path: str, settings, divisor: int) -> Iterator[tuple[str, object]]:

@@ -39,8 +39,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+_load = recipes.load
+
+
 def load(file):
-    return copy.deepcopy(recipes.load(file))
+    return copy.deepcopy(_load(file))
 
 
 def without_checkpoints(cfg):
