@@ -131,7 +131,8 @@ def smaller(config: Path | str, epochs: int = 1, workers: bool = True) -> list[s
     if "data/digits" in str(cfg.train_dataloader):
         return [f"{key}={value}" for key, value in options.items()]
     options["train_dataloader.batch_size"] = min(2, cfg.train_dataloader.batch_size)
-    for loader, samples in (("train_dataloader", 4), ("val_dataloader", 2), ("test_dataloader", 2)):
+    two_batches = 2 * options["train_dataloader.batch_size"]  # the end of an epoch is logged, the second iteration not
+    for loader, samples in (("train_dataloader", two_batches), ("val_dataloader", 2), ("test_dataloader", 2)):
         if not workers:
             options |= {f"{loader}.num_workers": 0, f"{loader}.persistent_workers": False}
         path, dataset = f"{loader}.dataset", cfg[loader].dataset
@@ -148,7 +149,7 @@ def smaller(config: Path | str, epochs: int = 1, workers: bool = True) -> list[s
     return [f"{key}={value}".replace(" ", "") for key, value in options.items()]
 
 
-_SIZES = {"scale", "scales", "size", "crop_size", "input_size", "clip_len", "num_clips"}
+_SIZES = {"scale", "scales", "scale_range", "size", "crop_size", "input_size", "clip_len", "num_clips"}
 
 
 def _smaller_sizes(path: str, settings, divisor: int) -> Iterator[tuple[str, object]]:

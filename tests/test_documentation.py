@@ -250,6 +250,7 @@ PLACEHOLDERS = [  # in this order
     (r"(?<=NNODES=2 )(.*\.py) 8\b", r"\1 1"),
     (r"(dist_\w+\.sh \S+( \S+\.pth)?) [48]\b", r"\1 2"),
     (r"(work_dirs/(?!quickstart)\S*epoch_)\d+", r"\g<1>1"),
+    (r"(work_dirs/\S*iter_)\d+", r"\g<1>2"),
 ]  # fmt: skip
 STUDY = "--epochs 1 --seeds 1 --gpus 1 --device cpu"
 ADDED = [  # pattern, and what makes it short; the first that is found

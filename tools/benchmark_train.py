@@ -40,17 +40,18 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RCNN, I3D = "mask_rcnn", "i3d"
 BASELINE = "frozen BN"
 CBN = dict(type="CBN", buffer_num=3, burnin=0, requires_grad=True)  # no burn-in: the window is what costs
+SYNCBN = "../small_batch/mask-rcnn_r50_fpn_syncbn-all_8xb2-1x_coco.py"
 # norm -> config, and what to put in the place of its norms. In the order in which variants are run.
 NORMS: dict[str, dict[str, tuple[str, dict | None]]] = {
     RCNN: {
-        BASELINE: ("mask-rcnn_r50_fpn_frozen-bn-4conv1fc_1x_coco.py", None),
+        BASELINE: ("../small_batch/mask-rcnn_r50_fpn_frozen-bn-4conv1fc_8xb2-1x_coco.py", None),
         "GN": ("mask-rcnn_r50_fpn_gn-all_2x_coco.py", None),
         "GN+WS": ("mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py", None),
-        "EvoNormS0": ("mask-rcnn_r50_fpn_syncbn-all_1x_coco.py", dict(type="EvoNormS0", requires_grad=True)),
-        "CBN": ("mask-rcnn_r50_fpn_syncbn-all_1x_coco.py", CBN),
-        "SyncBN": ("mask-rcnn_r50_fpn_syncbn-all_1x_coco.py", None),
-        "BN": ("mask-rcnn_r50_fpn_syncbn-all_1x_coco.py", dict(type="BN", requires_grad=True)),
-        "EvoNormS0 heads": ("mask-rcnn_r50_fpn_evonorm-s0-head_1x_coco.py", None),
+        "EvoNormS0": (SYNCBN, dict(type="EvoNormS0", requires_grad=True)),
+        "CBN": (SYNCBN, CBN),
+        "SyncBN": (SYNCBN, None),
+        "BN": (SYNCBN, dict(type="BN", requires_grad=True)),
+        "EvoNormS0 heads": ("../small_batch/mask-rcnn_r50_fpn_evonorm-s0-head_8xb2-1x_coco.py", None),
         "CBN heads": ("mask-rcnn_r50_fpn_cbn-head_4xb4-1x_coco.py", CBN),
     },
     I3D: {

@@ -14,6 +14,7 @@ STEPS = [
     ["ruff", "check", "."],
     ["mypy"],
     ["tools/layer_table.py", "--check"],
+    ["tools/make_configs.py", "--check"],
     ["tools/results_table.py", "--check"],
     ["pytest"],
 ]

@@ -7,19 +7,34 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
+import recipes
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
-Written by `python tools/results_table.py` from `configs/**/metafile.yml`; edit those. Box/mask AP on COCO val2017, or
-top-1/top-5 accuracy on Kinetics-400, in percent. "Published" are the numbers of others, with their source; where it
-says "unverified", the number has not been compared with its source. "Reproduced" are our own runs of the config. Two
-runs of the same config differ by about 0.2 AP or 0.3 top-1. "Hours" are estimates for 8 V100:
-[scaling.md](scaling.md#hours) says from what, and – stands where nobody has published the time of such a model.
+Written by `python tools/results_table.py` from `configs/**/metafile.yml`, `configs/published.yml` and
+`configs/sources.yml`; edit those. Box/mask AP on COCO val2017, or top-1/top-5 accuracy on Kinetics-400, in percent.
+"Published" are the numbers of others, with their source and status:
+
+- **checked**: read in the file or paper that is named, for this table;
+- **second-hand**: seen only where the table says;
+- **unverified**: recalled or copied, not compared with the source.
+
+"Control" is BN\\* (BN with frozen ImageNet statistics; in the video rows BN) of the same source. Compare a norm with
+it, and not with the control of another toolkit: mmdet's own BN\\* rose from 37.3/34.2 in 2019 to 38.2/34.7 with the
+same network and schedule, more than many differences between norms. "Differs" names what our config does not have from
+the recipe behind that number; its header has the values. "Coordinates" differ from every toolkit that is older than
+mmdet 2 and Detectron2: here boxes are continuous; there they were counted in whole pixels, and RoIAlign was half a
+pixel off.
+
+"Reproduced" are our own runs of the config. Two runs of the same config differ by about 0.2 AP or 0.3 top-1. "Hours"
+are estimates for 8 V100: [scaling.md](scaling.md#hours) says from what, and – stands where nobody has published the
+time of such a model.
 """
 
 # Seconds that others' 8 V100 took for 16 images or 64 clips, and the configs that have such a model. Behind "<=" the
@@ -78,9 +93,21 @@ def page() -> str:
         if path.parent.name == "digits":  # nothing is published for them; the README has our runs
             continue
         rows = [row(model, path.parent) for model in meta["Models"]]
-        header = "| config | GPUs x batch, epochs | hours | published | reproduced |\n| --- | --- | --- | --- | --- |"
-        parts.append("\n".join([f"## configs/{path.parent.name}", "", header, *rows, ""]))
+        columns = ["config", "GPUs x batch, length", "hours", "published", "control", "differs", "reproduced"]
+        parts.append("\n".join([f"## configs/{path.parent.name}", "", *table(columns, rows), ""]))
+    others = [[entry["Model"].replace("*", "\\*"), number(entry), control(entry)] for entry in published()["Others"]]
+    parts.append("\n".join(["## No config here", "", *table(["model", "published", "control"], others), ""]))
     return "\n".join(parts)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+@cache
+def published() -> dict:
+    return yaml.safe_load((ROOT / "configs" / "published.yml").read_text())
 
 
 def metafiles() -> Iterator[tuple[Path, dict]]:
@@ -89,15 +116,41 @@ def metafiles() -> Iterator[tuple[Path, dict]]:
         yield ROOT / name, yaml.safe_load((ROOT / name).read_text())
 
 
-def row(model: dict, folder: Path) -> str:
+def row(model: dict, folder: Path) -> list[str]:
     data = model["Metadata"]
-    size = (
-        f"{data['Training Resources'].split()[0]} x {data['Batch Size']}, {data['Epochs']}" if "Epochs" in data else ""
-    )
-    published = "<br>".join(f"{numbers(p['Metrics'])} ({p['Source']})" for p in model["Published"]) or "none"
-    own = {name: value for result in model["Results"] for name, value in result["Metrics"].items()}
+    length = f"{data['Epochs']}" if "Epochs" in data else f"{data['Iterations'] / 1000:g}k iterations"
+    size = f"{data['Training Resources'].split()[0]} x {data['Batch Size']}, {length}"
+    entries = model["Published"]
+    cfg = recipes.load(ROOT / model["Config"])
+    followed = [entry.get("Recipe", model["Recipe"]) for entry in entries]
+    batches = [recipes.batch_elsewhere(cfg, recipe) for recipe in followed]
+    cells = {
+        "published": [number(*pair) for pair in zip(entries, batches, strict=True)] or ["none"],
+        "control": [control(entry) for entry in entries],
+        "differs": [", ".join(recipes.differences(cfg, recipe)) or "–" for recipe in followed],
+    }
     link = f"[{model['Name']}](../configs/{folder.name}/{model['Name']}.py)"
-    return f"| {link} | {size} | {hours(model)} | {published} | {numbers(own) or 'not run yet'} |"
+    own = recipes.numbers(
+        {name: value for result in model["Results"] for name, value in result["Metrics"].items()}, " / "
+    )
+    return [link, size, hours(model), *("<br>".join(cell) for cell in cells.values()), own or "not run yet"]
+
+
+def number(entry: dict, batch: str = "") -> str:
+    """Return the number of an entry, where it stands and how it is known."""
+    name = "mask " if list(entry["Metrics"]) == ["mask AP"] else ""
+    value = recipes.numbers(entry["Metrics"], " / ")
+    return f"{name}{value} ({entry['Source']}; {recipes.status(entry)}{batch})"
+
+
+def control(entry: dict) -> str:
+    """Return BN* of the same source: its numbers, and its status where that is not 'checked'."""
+    if "Control" not in entry:
+        return "–"
+    found = published()["Controls"][entry["Control"]]
+    model = found["Model"].split(", ", 1)[1].replace("*", "\\*")
+    known = "" if found["Status"] == "checked" else f"; {found['Status']}"
+    return f"{recipes.numbers(found['Metrics'], ' / ')} ({model}, {found['Source']}{known})"
 
 
 def hours(model: dict) -> str:
@@ -106,13 +159,14 @@ def hours(model: dict) -> str:
     seconds = PACE.get(pattern)
     if seconds is None:
         return "–"
-    batches = model["Metadata"]["Epochs"] * (KINETICS if "kinetics" in model["Name"] else COCO)
+    data, video = model["Metadata"], "kinetics" in model["Name"]
+    if "Iterations" in data:
+        images = int(data["Training Resources"].split()[0]) * data["Batch Size"]
+        batches = data["Iterations"] * images / 16
+    else:
+        batches = data["Epochs"] * (KINETICS if video else COCO)
     value = batches * seconds / 3600
     return ("≤ " if pattern.startswith("<=") else "") + (f"{value:.0f}" if value >= 10 else f"{value:.1f}")
-
-
-def numbers(metrics: dict) -> str:
-    return " / ".join(str(value) for value in metrics.values())
 
 
 if __name__ == "__main__":

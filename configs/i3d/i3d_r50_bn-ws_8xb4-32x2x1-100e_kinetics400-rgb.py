@@ -1,7 +1,9 @@
 # I3D ResNet-50 with BN and standardized 3-D convolutions.
 # Published: nothing in this recipe.
-# Recipe: torchvision's weights were trained without standardization. The norm behind a convolution takes the change
-# of scale back but not the shift of the filter's mean, so the start is an approximation.
+# Source: our own study, in the recipe of video-nonlocal-net.
+# Differs: length 100 epochs (there 400000 iterations); lr / 10 after 40, 80 (there 150000, 300000).
+# Recipe: torchvision's weights were trained without standardization. The norm behind a convolution takes the change of
+# scale back but not the shift of the filter's mean, so the start is an approximation.
 # Cost: 8 GPUs x 4 clips, 100 epochs.
 _base_ = "./i3d_r50_bn_8xb4-32x2x1-100e_kinetics400-rgb.py"
 model = dict(backbone=dict(conv_cfg=dict(type="ConvWS3d")))

@@ -1,5 +1,7 @@
-# I3D ResNet-50 with CBN in the whole backbone.
+# I3D ResNet-50 with CBN, 4 clips per GPU.
 # Published: nothing in this recipe.
+# Source: our own study, in the recipe of video-nonlocal-net.
+# Differs: length 100 epochs (there 400000 iterations); lr / 10 after 40, 80 (there 150000, 300000).
 # Recipe: The burn-in of 8 epochs is that of the detection recipe, counted in iterations of 240,436 videos: our own
 # choice.
 # Cost: 8 GPUs x 4 clips, 100 epochs.

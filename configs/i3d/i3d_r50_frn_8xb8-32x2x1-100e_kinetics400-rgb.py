@@ -1,5 +1,8 @@
 # I3D ResNet-50 with FRN and its threshold (TLU) in the whole backbone.
 # Published: nothing in this recipe.
+# Source: our own study, in the recipe of video-nonlocal-net.
+# Differs: length 100 epochs (there 400000 iterations); lr / 10 after 40, 80 (there 150000, 300000); warm-up 5 epochs
+# from 0.01 (there none).
 # Recipe: Five epochs of warm-up, which FRN needs and the BN recipe does not have.
 # Cost: 8 GPUs x 8 clips, 100 epochs.
 _base_ = "./i3d_r50_bn_8xb8-32x2x1-100e_kinetics400-rgb.py"

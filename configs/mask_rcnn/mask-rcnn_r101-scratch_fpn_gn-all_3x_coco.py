@@ -1,13 +1,8 @@
 # GN in the backbone, FPN, box head and mask head, ResNet-101, from scratch.
-# Published: box/mask AP 41.0/36.4 (GN paper, arXiv 1803.08494, Table 7).
-# Recipe: No weight decay on the norms, as in the source. Images are RGB with ImageNet's mean and deviation, as in
-# mmdet's scratch configs.
-# Cost: 8 GPUs x 2 images, 36 epochs; Detectron took 93.2 h on 8 P100.
-_base_ = [
-    "../_base_/mask_rcnn/gn-scratch.py",
-    "../_base_/coco/instance_8xb2.py",
-    "../_base_/schedules/3x.py",
-    "../_base_/coco_runtime.py",
-]
+# Published: box/mask AP 41.0/36.4 (Detectron, projects/GN/README.md; checked).
+# Source: facebookresearch/Detectron, configs/04_2018_gn_baselines/scratch_e2e_mask_rcnn_R-{50,101}-FPN_3x_gn.yaml.
+# Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
+# coordinates continuous (there of whole pixels).
+# Cost: 8 GPUs x 2 images, 270k iterations; Detectron took 93.2 h on 8 P100.
+_base_ = "./mask-rcnn_r50-scratch_fpn_gn-all_3x_coco.py"
 model = dict(backbone=dict(depth=101))
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))

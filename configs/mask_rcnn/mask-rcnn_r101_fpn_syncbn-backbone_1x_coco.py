@@ -1,5 +1,6 @@
 # SyncBN in the backbone, ResNet-101, no norm elsewhere, two-layer box head.
-# Published: box/mask AP 40.5/36.3 (mmdet 3.3.0, configs/gcnet).
+# Published: box/mask AP 40.5/36.3 (mmdet 3.3.0, configs/gcnet/metafile.yml; checked).
+# Source: mmdet 3.3.0, configs/gcnet/mask-rcnn_r101-syncbn_fpn_1x_coco.py.
 # Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",

@@ -1,6 +1,7 @@
 # Trained BN everywhere, with SiLU in the place of every ReLU behind a norm or a residual sum, from scratch, large scale
 # jitter.
 # Published: the EvoNorm paper has a value that we could not recover.
+# Source: arXiv 2004.02967, recalled, not read.
 # Recipe: The source does not say which images BN's statistics come from: here the 8 of one GPU. Layers without a norm
 # (RPN, fully connected ones, the mask head's transposed convolution) keep ReLU.
 # Cost: 8 GPUs x 8 images, 73 epochs.

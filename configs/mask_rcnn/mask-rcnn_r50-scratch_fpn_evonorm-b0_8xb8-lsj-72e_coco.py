@@ -1,5 +1,6 @@
 # EvoNorm-B0 everywhere, from scratch, large scale jitter.
 # Published: box/mask AP 44.0/39.5 (EvoNorm paper, arXiv 2004.02967; unverified).
+# Source: arXiv 2004.02967, recalled, not read.
 # Recipe: The paper's recipe has not been compared with the paper. Post-activation residual blocks with an affine map
 # before the sum: our own choice, the paper's are pre-activation.
 # Cost: 8 GPUs x 8 images, 73 epochs.

@@ -1,5 +1,6 @@
 # FRN with its threshold (TLU) everywhere, from scratch, large scale jitter.
 # Published: the EvoNorm paper has a value that we could not recover.
+# Source: arXiv 2004.02967, recalled, not read.
 # Recipe: The paper's recipe has not been compared with the paper. Warm-up of one epoch.
 # Cost: 8 GPUs x 8 images, 73 epochs.
 _base_ = [

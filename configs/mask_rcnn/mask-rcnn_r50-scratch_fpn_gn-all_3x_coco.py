@@ -1,12 +1,15 @@
 # GN in the backbone, FPN, box head and mask head, from scratch.
-# Published: box/mask AP 39.5/35.2 (GN paper, arXiv 1803.08494, Table 7).
-# Recipe: No weight decay on the norms, as in the source. Images are RGB with ImageNet's mean and deviation, as in
-# mmdet's scratch configs.
-# Cost: 8 GPUs x 2 images, 36 epochs; Detectron took 81.5 h on 8 P100.
+# Published: box/mask AP 39.5/35.2 (Detectron, projects/GN/README.md; checked).
+# Source: facebookresearch/Detectron, configs/04_2018_gn_baselines/scratch_e2e_mask_rcnn_R-{50,101}-FPN_3x_gn.yaml.
+# Differs: proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 for the 2 images of a GPU);
+# coordinates continuous (there of whole pixels).
+# Cost: 8 GPUs x 2 images, 270k iterations; Detectron took 81.5 h on 8 P100.
 _base_ = [
     "../_base_/mask_rcnn/gn-scratch.py",
     "../_base_/coco/instance_8xb2.py",
-    "../_base_/schedules/3x.py",
-    "../_base_/coco_runtime.py",
+    "../_base_/schedules/detectron-3x.py",
+    "../_base_/recipes/detectron.py",
+    "../_base_/coco_runtime_by-iteration.py",
 ]
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
+model = {{_base_.recipe_model}}
+optim_wrapper = {{_base_.recipe_optimizer}}

@@ -1,5 +1,6 @@
 # GN everywhere, from scratch, large scale jitter.
 # Published: box AP 42.7 (EvoNorm paper, arXiv 2004.02967; unverified).
+# Source: arXiv 2004.02967, recalled, not read.
 # Recipe: The paper's recipe has not been compared with the paper.
 # Cost: 8 GPUs x 8 images, 73 epochs.
 _base_ = [

@@ -1,5 +1,6 @@
 # GN everywhere, with SiLU in the place of every ReLU behind a norm or a residual sum, from scratch, large scale jitter.
 # Published: the EvoNorm paper has a value that we could not recover.
+# Source: arXiv 2004.02967, recalled, not read.
 # Recipe: The paper's recipe has not been compared with the paper. Layers without a norm (RPN, fully connected ones, the
 # mask head's transposed convolution) keep ReLU.
 # Cost: 8 GPUs x 8 images, 73 epochs.

@@ -1,5 +1,11 @@
 # BN trained in the backbone with the statistics of 2 images, no norm elsewhere, two-layer box head.
-# Published: box/mask AP 34.2/31.2 (MMDetection report, arXiv 1906.07155, Table 6).
+# Published: box/mask AP 34.2/31.2 (MMDetection report, arXiv 1906.07155, Table 6; checked).
+# Source: arXiv 1906.07155, Tables 6 and 7; fields of mmdet 1's configs/mask_rcnn_r50_fpn_1x.py, read in
+# iVMCL/AttentiveNorm_Detection.
+# Differs: warm-up 500 iterations from 0.001 (there 500 iterations from 0.333); gradient clipping none (there norm 35);
+# proposals 2000 a level, then 1000 an image (there 2000 a level, then 2000 an image); sampling ratio 0 (there 2);
+# losses of boxes RPN L1, head L1 (there RPN smooth L1 (0.111), head smooth L1 (1)); anchors over the border used (there
+# left out); coordinates continuous (there of whole pixels).
 # Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",

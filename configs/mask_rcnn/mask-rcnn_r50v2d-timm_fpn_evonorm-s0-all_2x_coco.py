@@ -1,6 +1,7 @@
 # EvoNorm-S0 in the backbone, FPN, box head and mask head, from timm's resnetv2_50d_evos.ah_in1k: a pre-activation
 # ResNet-50 with the stem and the shortcuts of ResNet-D. tools/convert_checkpoint.py makes the file below of timm's.
 # Published: nothing in this recipe.
+# Source: our own experiment, in the recipe of mmdet 3.3.0's configs/gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py.
 # Recipe: Images as timm's weights saw them, mean and std 127.5. Stem and first stage are frozen, as in mmdet.
 # Cost: 8 GPUs x 2 images, 24 epochs.
 _base_ = [

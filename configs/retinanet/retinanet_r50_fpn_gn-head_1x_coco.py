@@ -1,5 +1,6 @@
 # BN* in the backbone, GN in FPN and head.
 # Published: nothing in this recipe.
+# Source: our own experiment, in the recipe of mmdet 3.3.0's configs/retinanet/retinanet_r50_fpn_1x_coco.py.
 # Cost: 8 GPUs x 2 images, 12 epochs.
 _base_ = [
     "../_base_/retinanet/gn-head.py",

@@ -1,5 +1,7 @@
 # I3D ResNet-50 with GN, 1 clip per GPU.
 # Published: nothing in this recipe.
+# Source: our own study, in the recipe of video-nonlocal-net.
+# Differs: length 100 epochs (there 400000 iterations); lr / 10 after 40, 80 (there 150000, 300000).
 # Cost: 8 GPUs x 1 clips, 100 epochs.
 _base_ = "../i3d/i3d_r50_gn_8xb8-32x2x1-100e_kinetics400-rgb.py"
 train_dataloader = dict(batch_size=1)

@@ -1,16 +1,15 @@
-# Clips of 64 consecutive frames; else as mmaction2's I3D.
-clips_train = [
+# Clips of 64 frames, consecutive; short sides jittered in training, as in video-nonlocal-net.
+clips64_train = [
     dict(type="DecordInit", io_backend="disk"),
     dict(type="SampleFrames", clip_len=64, frame_interval=1, num_clips=1),
     dict(type="DecordDecode"),
-    dict(type="Resize", scale=(-1, 256)),
-    dict(type="MultiScaleCrop", input_size=224, scales=(1, 0.8), random_crop=False, max_wh_scale_gap=0),
-    dict(type="Resize", scale=(224, 224), keep_ratio=False),
+    dict(type="RandomRescale", scale_range=(256, 320)),
+    dict(type="RandomCrop", size=224),
     dict(type="Flip", flip_ratio=0.5),
     dict(type="FormatShape", input_format="NCTHW"),
     dict(type="PackActionInputs"),
 ]
-clips_val = [
+clips64_val = [
     dict(type="DecordInit", io_backend="disk"),
     dict(type="SampleFrames", clip_len=64, frame_interval=1, num_clips=1, test_mode=True),
     dict(type="DecordDecode"),
@@ -19,7 +18,7 @@ clips_val = [
     dict(type="FormatShape", input_format="NCTHW"),
     dict(type="PackActionInputs"),
 ]
-clips_test = [
+clips64_test = [
     dict(type="DecordInit", io_backend="disk"),
     dict(type="SampleFrames", clip_len=64, frame_interval=1, num_clips=10, test_mode=True),
     dict(type="DecordDecode"),

@@ -1,4 +1,4 @@
-# 90k iterations of 16 images.
+# mmdet's 1x: 12 epochs, 88k iterations of 16 images.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -1,4 +1,4 @@
-# 1x, warm-up from a third of the learning rate, as Detectron and CBN have it.
+# 1x, warm-up from a third of the learning rate, as mmdet had it before version 2.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

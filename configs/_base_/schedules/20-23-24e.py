@@ -1,4 +1,4 @@
-# 2x with the late decay of the weight standardization paper.
+# mmdet's 24 epochs with the late decay of the weight standardization paper.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=24, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

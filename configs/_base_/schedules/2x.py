@@ -1,4 +1,4 @@
-# 180k iterations of 16 images.
+# mmdet's 2x: 24 epochs, 176k iterations of 16 images.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=24, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

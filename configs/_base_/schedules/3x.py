@@ -1,4 +1,4 @@
-# 270k iterations of 16 images.
+# mmdet's 3x: 36 epochs, 264k iterations of 16 images.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -1,0 +1,3 @@
+# SyncBN in the backbone too. The checkpoint is still that of a BN network.
+_base_ = "./syncbn-head.py"
+model = dict(backbone=dict(norm_cfg={{_base_.norm_cfg}}, norm_eval=False))

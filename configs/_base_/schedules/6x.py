@@ -1,8 +1,0 @@
-# 540k iterations of 16 images.
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=73, val_interval=1)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", begin=0, end=73, by_epoch=True, milestones=[65, 71], gamma=0.1),
-]

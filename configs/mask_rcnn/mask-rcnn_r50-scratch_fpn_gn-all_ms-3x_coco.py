@@ -1,0 +1,12 @@
+# GN in the backbone, FPN, box head and mask head, from scratch, multi-scale training.
+# Published: box/mask AP 39.9/36.6 (Detectron2, MODEL_ZOO.md; checked).
+# Source: facebookresearch/detectron2, configs/Misc/scratch_mask_rcnn_R_50_FPN_3x_gn.yaml.
+# Cost: 8 GPUs x 2 images, 270k iterations.
+_base_ = [
+    "../_base_/mask_rcnn/gn-scratch.py",
+    "../_base_/coco/instance-ms_8xb2.py",
+    "../_base_/schedules/detectron2-3x.py",
+    "../_base_/coco_runtime_by-iteration.py",
+]
+model = dict(data_preprocessor=dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False))
+optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
