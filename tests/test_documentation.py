@@ -60,6 +60,7 @@ PROGRAMS = {"python", "pip", "pytest", "mim", "tensorboard", "pre-commit", "sour
 NOT_COMMANDS = {
     "config ──> registry": "a figure",
     "LR is set based on batch size": "a line of a log",
+    "normplug: ": "lines of a log",
 }
 
 

@@ -8,12 +8,13 @@ import multiprocessing
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from journeys import make_checkout, smaller, train
+from journeys import in_shell, make_checkout, smaller, train
 from test_configs import CONFIGS, EXPERIMENTS, _load
 from tiny_data import overlapping
 
@@ -100,3 +101,68 @@ def test_a_config_of_every_family_trains_and_validates(checkout):
                 failed[str(file.relative_to(CONFIGS))] = text[-3000:]
     print(f"{len(chosen)} configs of {len(EXPERIMENTS)} stand for all")
     assert not failed, "\n\n".join(f"{name}:\n{end}" for name, end in failed.items())
+
+
+# Elsewhere
+
+
+@pytest.fixture(scope="module")
+def installed(packages, checkout, tmp_path_factory):
+    """Another folder, with data, in the environment of somebody who installed the wheel."""
+    folder = tmp_path_factory.mktemp("anywhere")
+    (folder / "data").symlink_to(checkout.root / "data")
+    return replace(checkout, root=folder, env=checkout.env | {"PYTHONPATH": str(packages[1])})
+
+
+def as_mim_does(packages, config: str, launcher: str, gpus: int) -> str:
+    """The command of ``mim train normplug CONFIG --launcher LAUNCHER --gpus GPUS`` (openmim 0.3.9).
+
+    It looks for the config's name in the whole package, and for the tool in its folder .mim.
+    """
+    package = packages[1] / "normplug"
+    (file,) = package.rglob(config)
+    torchrun = (
+        f"-m torch.distributed.launch --nproc_per_node={gpus} --master_port=$PORT " if launcher == "pytorch" else ""
+    )
+    small = in_shell(smaller(file))
+    return f"python {torchrun}{package}/.mim/tools/train.py {file} --launcher {launcher} {small}"
+
+
+@pytest.mark.parametrize(
+    ("config", "launcher"),
+    [
+        ("i3d_r50_gn_8xb4-32x2x1-100e_kinetics400-rgb.py", "none"),
+        ("mask-rcnn_r50_fpn_gn-all_2x_coco.py", "pytorch"),
+    ],
+)
+def test_the_wheel_trains_anywhere(config, launcher, packages, installed):
+    done = installed.run(as_mim_does(packages, config, launcher, gpus=2))
+    assert done.code == 0, done
+    assert re.search(r"Epoch\(val\)", done.output), done
+    work_dir = installed.root / "work_dirs" / Path(config).stem
+    assert (work_dir / "epoch_1.pth").is_file()
+    tool = packages[1] / "normplug" / ".mim" / "tools" / "test.py"
+    (file,) = (packages[1] / "normplug").rglob(config)
+    done = installed.run(f"python {tool} {file} {work_dir}/epoch_1.pth --show-dir shown {in_shell(smaller(file))}")
+    if launcher == "none":  # mmaction2's configs draw nothing
+        assert done.code == 2, done
+        assert "default_hooks.visualization" in done.output
+    else:
+        assert done.code == 0, done
+        assert len(list((installed.root / "shown").glob("*.jpg"))) == 2
+
+
+def test_slurm_starts_a_training(checkout, tmp_path):
+    """With a stand-in that, as srun does for one task, sets its variables and starts what it is given."""
+    (tmp_path / "srun").write_text(
+        "#!/usr/bin/env bash\nwhile [[ $1 == -* ]]; do shift; done\n"
+        'SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_NODELIST=localhost exec "$@"\n'
+    )
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    config = "configs/digits/i3d_r18_gn_digits.py"
+    line = f"tools/slurm_train.sh PARTITION JOB {config} work_dirs/slurm {in_shell(smaller(checkout.root / config))}"
+    done = checkout.run(f"PATH={tmp_path}:$PATH MASTER_PORT=$PORT GPUS=1 {line}")
+    assert done.code == 0, done
+    assert (checkout.root / "work_dirs" / "slurm" / "epoch_1.pth").is_file()

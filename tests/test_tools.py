@@ -92,6 +92,9 @@ def test_flags_say_what_they_need(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert train_tool.main([str(config), "--amp"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr("normplug.openmmlab.cli.get_device", lambda: "cpu")
+    assert train_tool.main([str(config), "--cfg-options", "optim_wrapper.type=AmpOptimWrapper"]) == 2
+    assert "optim_wrapper.type=OptimWrapper" in capsys.readouterr().err
     assert train_tool.main([str(config), "--auto-scale-lr"]) == 2
     assert "base_batch_size" in capsys.readouterr().err
     assert test_tool.main([str(config), "a.pth", "--out", "a.json"]) == 2

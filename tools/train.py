@@ -6,6 +6,7 @@ import sys
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab.cli import (
     build_runner,
+    check_amp,
     check_run,
     config_parser,
     load_config,
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args)
         if args.amp:
             use_amp(cfg)
+        check_amp(cfg)
         if args.auto_scale_lr:
             scale_lr(cfg)
         if args.resume:

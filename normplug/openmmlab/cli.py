@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
@@ -105,13 +106,11 @@ def require_checkpoint(name: str | Path) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments name and apply those that every tool has.
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ModuleNotFoundError: If the config imports a package that is not installed.
-    <<<<<<< HEAD
-            ValueError: If what --norm says is no norm_cfg, or the folder of --data holds no data.
-    =======
-            ValueError: If what --norm says is no norm_cfg, or --cfg-options do not fit the config.
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If the config imports a package that is not installed.
+        ValueError: If what --norm says is no norm_cfg, --cfg-options do not fit the config, or the folder of --data
+            holds no data.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not args.config.is_file():
@@ -205,6 +204,19 @@ def use_amp(cfg: Config) -> None:
         )
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def check_amp(cfg: Config) -> None:
+    """Check that mixed precision, where the config itself asks for it, can be had here.
+
+    Raises:
+        ValueError: If it cannot: mmengine's wrapper would end in an assertion once the model is built.
+    """
+    if (cfg.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper" and get_device() in ("cpu", "mps"):
+        raise ValueError(
+            "This config trains in mixed precision (optim_wrapper.type='AmpOptimWrapper'), which needs a GPU, and none "
+            "is visible. To train in float32: --cfg-options optim_wrapper.type=OptimWrapper"
+        )
 
 
 def scale_lr(cfg: Config) -> None:

@@ -1,6 +1,5 @@
 """The two sides of a comparison: a config and a checkpoint each, and whether comparing them means anything."""
 
-import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from normplug.openmmlab.checkpoints import check_norms
-from normplug.openmmlab.cli import load_config
+from normplug.openmmlab.cli import config_parser, load_config
 
 __all__ = ["Side", "check_comparable", "evaluators", "metrics_of", "names_of", "task_of"]
 
@@ -43,15 +42,8 @@ class Side:
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        args = argparse.Namespace(
-            config=self.config,
-            cfg_options=self.options,
-            norm=None,
-            data=None,
-            work_dir=None,
-            launcher="none",
-            local_rank=0,
-        )
+        args = config_parser("").parse_args([str(self.config)])  # every flag has its default
+        args.cfg_options = self.options
         self.cfg: Config = load_config(args)
         if not self.checkpoint.is_file():
             raise FileNotFoundError(f"There is no checkpoint {self.checkpoint} for {self.config}.")
