@@ -89,8 +89,8 @@ def _check_coco(cfg: Config, split: str, path: str, dataset: dict, kind: type) -
     names = [name for _, name in content.images]
     if missing := sorted(missing_files(folder, names)):
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(names)} images in {file} are not in {folder}, the first is {missing[0]!r}: put "
-            f"them there, or set {path}.data_prefix."
+            f"{len(missing)} of the {len(names)} images in {file} are not in {folder}, the first is {missing[0]!r}: "
+            f"put them there, or set {path}.data_prefix."
         )
 
 
@@ -118,7 +118,7 @@ def _classes(path: str, dataset: dict, kind: type) -> tuple[str, ...]:
     if isinstance(classes, str):
         if not Path(classes).is_file():
             raise ValueError(
-                f"{path}.metainfo.classes is the text {classes!r}, expected a tuple: write ({classes!r},), with a comma."
+                f"{path}.metainfo.classes is the text {classes!r}, expected a tuple: write ({classes!r},), with comma."
             )
         classes = Path(classes).read_text().split("\n")
         classes = [name.strip("\r") for name in classes if name]
@@ -131,15 +131,12 @@ def _check_classes(path: str, dataset: dict, classes: tuple[str, ...], content: 
     absent = [name for name in classes if name not in content.names]
     metainfo = dataset.get("metainfo") or {}
     if absent and "classes" not in metainfo:
-        wrong = (
-            f" ({next(key for key in metainfo if key.lower() == 'classes')} is not read)"
-            if "CLASSES" in metainfo
-            else ""
-        )
+        wrong = " (CLASSES is not read)" if "CLASSES" in metainfo else ""
         raise ValueError(
-            f"{path} has no metainfo.classes{wrong} and so the {len(classes)} of {dataset['type']} ({some(classes, 3)}), "
-            f"and {content.path} has {len(content.names)} ({some(content.names)}): write "
-            f"metainfo=dict(classes={content.names}), and {len(content.names)} for each num_classes, or use --data FOLDER."
+            f"{path} has no metainfo.classes{wrong} and so the {len(classes)} of {dataset['type']} ({some(classes, 3)}), and "
+            f"{content.path} has {len(content.names)} ({some(content.names)}): write "
+            f"metainfo=dict(classes={content.names}), and {len(content.names)} for each num_classes, or "
+            f"{_ALL_PLACES}."
         )
     if absent:
         raise ValueError(
@@ -170,8 +167,8 @@ def _check_annotated(
     wants = "segm" in measured if split != "train" else any(step.get("with_mask") for step in steps)
     if wants and content.masks < boxes:
         raise ValueError(
-            f"{content.path} has no mask (segmentation) in {boxes - content.masks} of {boxes} annotations, and {path} is "
-            f"for a model with masks: add them, or train a model of boxes, such as Faster R-CNN."
+            f"{content.path} has no mask (segmentation) in {boxes - content.masks} of {boxes} annotations, and {path} "
+            f"is for a model with masks: add them, or train a model of boxes, such as Faster R-CNN."
         )
 
 

@@ -64,7 +64,7 @@ def some(things: Iterable, limit: int = 5) -> str:
 
 
 def missing_files(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return which of these files are not in the folder; whole folders are listed, since a look at each takes longer."""
+    """Return which of these files are not in the folder; it is listed, since a look at each takes longer."""
     by_folder = defaultdict(list)
     for name in names:
         path = os.path.join(folder, name)

@@ -165,8 +165,8 @@ def _classes_of(files: list[CocoFile]) -> tuple[str, ...]:
     for file in files:
         if file.names != first.names:
             raise ValueError(
-                f"{file.path} has the categories {some(file.names)}, and {first.path} has {some(first.names)}. Expected "
-                f"the same categories in the same order in all files: a label is a category's place there."
+                f"{file.path} has the categories {some(file.names)}, and {first.path} has {some(first.names)}. "
+                f"Expected the same categories in the same order in all files: a label is a category's place there."
             )
     is_group = first.names[0] == first.group and not any(file.boxes[first.group] for file in files)
     return first.names[1:] if is_group else first.names
@@ -177,8 +177,8 @@ def _check_masks(cfg: Config, root: Path, files: set[CocoFile]) -> None:
     for file in files:
         if (measured or "mask_head" in str(cfg.model)) and file.masks < sum(file.boxes.values()):
             raise ValueError(
-                f"--data {root}: the model predicts masks, and {file.path} has annotations without a segmentation. Take "
-                f"a detector of boxes, such as configs/faster_rcnn/, or add polygons or RLE to the file."
+                f"--data {root}: the model predicts masks, and {file.path} has annotations without a segmentation. "
+                f"Take a detector of boxes, such as configs/faster_rcnn/, or add polygons or RLE to the file."
             )
 
 
@@ -263,9 +263,9 @@ def _use_videos(cfg: Config, root: Path) -> str:
     frames = all(is_kind(kind, "RawframeDataset") for kind in kinds)
     if not frames and not all(is_kind(kind, "VideoDataset") for kind in kinds):
         raise ValueError(
-            f"--data {root}: this config reads {some(dict.fromkeys(kind.__name__ for kind in kinds if kind))}, and --data "
-            f"knows lists of videos and of frames only. Take a config with VideoDataset or RawframeDataset, or set its "
-            f"data by hand."
+            f"--data {root}: this config reads {some(dict.fromkeys(kind.__name__ for kind in kinds if kind))}, and "
+            f"--data knows lists of videos and of frames only. Take a config with VideoDataset or RawframeDataset, or "
+            f"set its data by hand."
         )
     named = root / "classes.txt"
     classes = tuple(line.strip() for line in named.read_text().splitlines() if line.strip()) if named.is_file() else ()
@@ -331,8 +331,8 @@ def _check_labels(root: Path, splits: dict[str, Videos], classes: tuple[str, ...
     absent = [label for label in range(number) if label not in splits["train"].labels]
     if absent and not classes:
         raise ValueError(
-            f"--data {root}: {splits['train'].ann_file} has no video of label {some(absent)}, and there are labels up to "
-            f"{number - 1}. Number the classes from 0 without a gap, or name all of them in {root}/classes.txt, one a line."
+            f"--data {root}: {splits['train'].ann_file} has no video of label {some(absent)}, and there are labels "
+            f"up to {number - 1}. Number the classes from 0 without a gap, or name all of them in {root}/classes.txt."
         )
     return [classes[label] for label in absent]
 
@@ -347,7 +347,8 @@ def _find_list(root: Path, split: str, frames: bool) -> Videos | None:
     folder = next((folder for folder in folders if not missing_files(folder, content.names[:1])), None)
     if folder is None:
         raise ValueError(
-            f"{files[0]} names {content.names[0]!r}, and it is in none of {', '.join(map(str, dict.fromkeys(folders)))}."
+            f"{files[0]} names {content.names[0]!r}, and it is in none of "
+            f"{', '.join(map(str, dict.fromkeys(folders)))}."
         )
     return Videos(files[0], folder, content.labels)
 

@@ -44,7 +44,13 @@ class Side:
 
     def __post_init__(self) -> None:
         args = argparse.Namespace(
-            config=self.config, cfg_options=self.options, norm=None, work_dir=None, launcher="none", local_rank=0
+            config=self.config,
+            cfg_options=self.options,
+            data=None,
+            norm=None,
+            work_dir=None,
+            launcher="none",
+            local_rank=0,
         )
         self.cfg: Config = load_config(args)
         if not self.checkpoint.is_file():
