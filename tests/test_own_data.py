@@ -217,13 +217,14 @@ def annotated(root, **changes):
 
 def every(cfg, **changes):
     for _, dataset in data_sets(cfg):
-        dataset.update(changes)
+        for key, value in changes.items():
+            dataset[key] = value  # update would merge it into what is there
 
 
 MISTAKES = {
     "classes forgotten": (
         lambda cfg, root: every(cfg, metainfo=None),
-        r"has no metainfo.classes and so the 80 of CocoDataset .*train.json has 2 \(square, disc\): write metainfo=",
+        r"has no metainfo.classes and so those of CocoDataset .*train.json has 2 \(square, disc\): write metainfo=",
     ),
     "classes of another set": (
         lambda cfg, root: every(cfg, metainfo=dict(classes=("cat", "dog"))),
@@ -365,7 +366,7 @@ def test_what_is_not_used_is_not_looked_for_and_wrappers_are_looked_into(tmp_pat
     cfg.train_dataloader.dataset = dict(type="RepeatDataset", times=2, dataset=cfg.train_dataloader.dataset)
     check_data(cfg, ("train_dataloader",))
     cfg.train_dataloader.dataset.dataset.ann_file = "no.json"
-    with pytest.raises(FileNotFoundError, match="train_dataloader.dataset.dataset.ann_file: there is no"):
+    with pytest.raises(FileNotFoundError, match=r"train_dataloader.dataset.dataset.ann_file: there is no"):
         check_data(cfg, ("train_dataloader",))
 
 
@@ -442,7 +443,7 @@ def test_other_places_of_a_video_config_are_checked(tmp_path):
     cfg = ours(I3D)
     use_data(cfg, make_videos(tmp_path, "lists"))
     cfg.val_dataloader.dataset.data_prefix = dict(video="nowhere")
-    with pytest.raises(FileNotFoundError, match="val_dataloader.dataset.data_prefix: there is no folder nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"val_dataloader.dataset.data_prefix: there is no folder nowhere"):
         check_data(cfg)
     cfg.val_dataloader.dataset.ann_file = "nothing.txt"
     with pytest.raises(FileNotFoundError, match=r"val_dataloader.dataset.ann_file: there is no file nothing.txt"):

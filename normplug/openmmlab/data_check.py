@@ -133,8 +133,8 @@ def _check_classes(path: str, dataset: dict, classes: tuple[str, ...], content: 
     if absent and "classes" not in metainfo:
         wrong = " (CLASSES is not read)" if "CLASSES" in metainfo else ""
         raise ValueError(
-            f"{path} has no metainfo.classes{wrong} and so the {len(classes)} of {dataset['type']} ({some(classes, 3)}), and "
-            f"{content.path} has {len(content.names)} ({some(content.names)}): write "
+            f"{path} has no metainfo.classes{wrong} and so those of {dataset['type']} ({some(classes, 3)}), "
+            f"and {content.path} has {len(content.names)} ({some(content.names)}): write "
             f"metainfo=dict(classes={content.names}), and {len(content.names)} for each num_classes, or "
             f"{_ALL_PLACES}."
         )

@@ -136,7 +136,7 @@ def _use_images(cfg: Config, root: Path) -> str:
         cfg[loader]["dataset"] = dataset
     for name in ("val", "test"):
         cfg[f"{name}_evaluator"] = _measured_with(cfg, name, splits[name].file.path)
-    _check_masks(cfg, root, {split.file for split in splits.values()})
+    _check_masks(cfg, root, [split.file for split in splits.values()])
     places = _set_classes(cfg, len(classes))
     found = ", ".join(
         f"{name} {len(split.file.images)} images with {sum(split.file.boxes.values())} objects "
@@ -172,7 +172,7 @@ def _classes_of(files: list[CocoFile]) -> tuple[str, ...]:
     return first.names[1:] if is_group else first.names
 
 
-def _check_masks(cfg: Config, root: Path, files: set[CocoFile]) -> None:
+def _check_masks(cfg: Config, root: Path, files: list[CocoFile]) -> None:
     measured = any("segm" in str(metric.get("metric")) for _, metric in evaluators(cfg))
     for file in files:
         if (measured or "mask_head" in str(cfg.model)) and file.masks < sum(file.boxes.values()):
@@ -309,8 +309,8 @@ def _use_videos(cfg: Config, root: Path) -> str:
     )
     return (
         f"data of {root}: {number} classes{f' ({some(classes)})' if classes else ''}, {found}"
-        f"{f', no video to train on of {some(untrained)}' if untrained else ''}; set in {', '.join(places)} and all data "
-        f"sets"
+        f"{f', no video to train on of {some(untrained)}' if untrained else ''}; set in {', '.join(places)} "
+        f"and all data sets"
     )
 
 
