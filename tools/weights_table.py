@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "weights.md"
 HEAD = """# Weights
 
-Written by `python tools/weights_table.py` from the configs. Every config starts its backbone from weights of
-ImageNet-1k, or from scratch. What is downloaded, from where, is kept as which file, and expects which images: this page.
+Written by `tools/weights_table.py` from the configs. Every config starts its backbone from weights of ImageNet-1k, or
+from scratch. What is downloaded, from where, is kept as which file, and expects which images: this page.
 
 ## Where the files lie
 
@@ -92,7 +92,7 @@ def page(configs: Iterable[tuple[Path, Config]]) -> str:
     rows = [
         ["weights", "file", "trained with", "images", "configs"],
         *(
-            [f"`{name}`", kept_as(name, files[0]), origin(name), seen, str(len(files))]
+            [f"`{name}`", kept_as(name), origin(name), seen, str(len(files))]
             for (name, seen), files in sorted(groups.items())
             if name != "none"
         ),
@@ -116,13 +116,10 @@ def images(cfg: Config) -> str:
     return f"{order}, mean {mean}, std {std}"
 
 
-def kept_as(name: str, config: Path) -> str:
-    """Return the file that weights lie in, and how to make it if it is not downloaded."""
+def kept_as(name: str) -> str:
+    """Return the file that weights lie in, and where it stands how to make it if it is not downloaded."""
     found = find_weights(name)
-    if found.address:
-        return f"`{found.file.name}`"
-    command = f"python tools/convert_checkpoint.py SOURCE {name} --config {config.relative_to(ROOT)}"
-    return f"made by `{command}`: [checkpoints.md](checkpoints.md#commands)"
+    return f"`{found.file.name}`" if found.address else "made by a command of [checkpoints.md](checkpoints.md#commands)"
 
 
 def origin(name: str) -> str:
