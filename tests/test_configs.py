@@ -421,6 +421,13 @@ def test_table_of_results_is_fresh():
     assert subprocess.call([sys.executable, tool, "--check"]) == 0
 
 
+def test_page_of_weights_is_fresh(monkeypatch):
+    monkeypatch.syspath_prepend(CONFIGS.parent / "tools")
+    import weights_table
+
+    assert not weights_table.is_stale(weights_table.page((file, load(file)) for file in EXPERIMENTS))
+
+
 def test_names_say_where_the_norms_are():
     for file in EXPERIMENTS:
         if "_base_" in file.parts or "digits" in file.parts or not file.stem.startswith(("mask", "faster")):

@@ -47,7 +47,7 @@ def find_weights(checkpoint: str) -> Weights | None:
     """
     scheme, _, name = checkpoint.partition("://")
     if not name:
-        return Weights(None, Path(checkpoint))
+        return Weights(None, Path(checkpoint).expanduser())
     if scheme in ("http", "https"):
         return Weights(checkpoint, Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(checkpoint).path).name))
     if scheme == "detectron-as-rgb":
