@@ -1,5 +1,7 @@
 """--data: one's own images and videos in any config, and every mistake in data told before anything is built."""
 
+import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -69,8 +71,13 @@ def make_video(file):
     writer.release()
 
 
-def ours(name):
+@functools.cache
+def read(name):
     return Config.fromfile(ROOT / "configs" / f"{name}.py")
+
+
+def ours(name):
+    return copy.deepcopy(read(name))
 
 
 GN = "mask_rcnn/mask-rcnn_r50_fpn_gn-all_2x_coco"
@@ -412,6 +419,77 @@ def test_classes_txt_names_the_labels(tmp_path):
     use_data(cfg, tmp_path)
     assert cfg.model.cls_head.num_classes == 3
     assert cfg.train_dataloader.dataset.metainfo.classes == ("down", "up", "sideways")
+
+
+def test_paths_with_spaces_in_folders_of_classes(tmp_path):
+    for split in ("train", "val"):
+        make_video(tmp_path / "data" / split / "going up" / "a b.mp4")
+    cfg = ours(I3D)
+    cfg.work_dir = str(tmp_path / "work")
+    use_data(cfg, tmp_path / "data")
+    check_data(cfg)
+    assert (tmp_path / "work" / "train_videos.txt").read_text() == "train/going up/a b.mp4\t0\n"
+
+
+def test_labels_without_a_class_and_gaps_are_told(tmp_path):
+    make_videos(tmp_path, "lists")
+    (tmp_path / "train.txt").write_text("train_down.mp4 1\ntrain_up.mp4 2\n")
+    with pytest.raises(
+        ValueError, match=r"no video of label 0, and there are labels up to 2. Number the classes from 0"
+    ):
+        use_data(ours(I3D), tmp_path)
+    (tmp_path / "classes.txt").write_text("down\nup\n")
+    with pytest.raises(ValueError, match=r"has the label 2, and classes.txt names 2 classes"):
+        use_data(ours(I3D), tmp_path)
+    (tmp_path / "classes.txt").write_text("sideways\ndown\nup\n")
+    assert "no video to train on of sideways" in use_data(ours(I3D), tmp_path)
+
+
+def test_folders_of_frames(tmp_path):
+    cfg = stock("mmaction", "recognition/trn/trn_imagenet-pretrained-r50_8xb16-1x1x8-50e_sthv1-rgb")
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / f"rawframes_{split}" / name).mkdir(parents=True)
+        (tmp_path / f"{split}_list_rawframes.txt").write_text("a 12 0\nb 9 1\n")
+    use_data(cfg, tmp_path)
+    assert cfg.model.cls_head.num_classes == 2
+    check_data(cfg)
+    (tmp_path / "train_list_rawframes.txt").write_text("a 12 0\nb 1\n")
+    with pytest.raises(ValueError, match=r"line 2: 'b 1' is not 'path number of frames label': the label is missing"):
+        check_data(cfg)
+
+
+def test_more_outputs_than_labels_are_told_and_trained(tmp_path, capsys):
+    """A part of Kinetics is such a set, and so is a forgotten num_classes."""
+    cfg = ours(I3D)
+    use_data(cfg, make_videos(tmp_path, "lists"))
+    cfg.model.cls_head.num_classes = 400
+    check_data(cfg)
+    assert "num_classes=400, and no video in" in capsys.readouterr().err
+
+
+def test_images_of_a_challenge_need_no_annotations(tmp_path):
+    """COCO's test-dev has none, and its results are only written."""
+    cfg = ours(GN)
+    use_data(cfg, make_images(tmp_path))
+    (tmp_path / "val.json").write_text(json.dumps({key: content()[key] for key in ("images", "categories")}))
+    cfg.test_evaluator = dict(type="CocoMetric", metric="bbox", format_only=True, outfile_prefix="results")
+    check_data(cfg, ("test_dataloader",))
+    cfg.test_evaluator.format_only = False
+    with pytest.raises(ValueError, match="has no list of annotations"):
+        check_data(cfg, ("test_dataloader",))
+
+
+def test_data_sets_that_make_or_read_their_files_themselves_are_left_alone(tmp_path):
+    check_data(ours(DIGITS))
+    cfg = ours(GN)
+    for _, dataset in data_sets(cfg):
+        dataset.backend_args = dict(backend="petrel")
+    check_data(cfg)
+    check_data(stock("mmdet", "panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco"))
+    cfg = stock("mmdet", "cityscapes/mask-rcnn_r50_fpn_1x_cityscapes")  # of CocoDataset, and it reads as that does
+    with pytest.raises(FileNotFoundError, match="there is no folder data/cityscapes"):
+        check_data(cfg)
 
 
 @pytest.mark.parametrize(
