@@ -411,6 +411,13 @@ def test_metafile_says_what_its_configs_say(folder):
             assert cfg.train_cfg.get("max_iters", cfg.train_cfg.get("max_epochs")) == model["Metadata"][length]
 
 
+def test_page_of_weights_is_fresh(monkeypatch):
+    monkeypatch.syspath_prepend(CONFIGS.parent / "tools")
+    import weights_table
+
+    assert not weights_table.is_stale(weights_table.page((file, load(file)) for file in EXPERIMENTS))
+
+
 def test_names_say_where_the_norms_are():
     for file in EXPERIMENTS:
         if "_base_" in file.parts or "digits" in file.parts or not file.stem.startswith(("mask", "faster")):

@@ -107,10 +107,10 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments name and apply those that every tool has.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or one that --data needs.
         ModuleNotFoundError: If the config imports a package that is not installed.
         ValueError: If what --norm says is no norm_cfg, --cfg-options do not fit the config, or the folder of --data
-            holds no data.
+            holds no data for it.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not args.config.is_file():
@@ -123,15 +123,16 @@ def load_config(args: argparse.Namespace) -> Config:
             f'pip install -e ".[openmmlab]"'
         ) from error
     override(cfg, args.cfg_options)
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
+    if args.data is not None:
+        told = use_data(cfg, args.data)
+        override(cfg, args.cfg_options)  # whatever they say of the data, they have the last word
+        if is_first():
+            print(f"normplug: {told}", file=sys.stderr)
     if args.norm:
         norm_cfg = parse_norm(args.norm)
         replace_norm(cfg, norm_cfg, norm_cfg.pop("where", None))
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
-    if args.data is not None:
-        told = use_data(cfg, args.data)
-        if is_first():
-            print(f"normplug: {told}", file=sys.stderr)
     hooks = cfg.get("custom_hooks") or []
     present = {hook["type"] for hook in hooks}
     cfg.custom_hooks = [*hooks, *(dict(type=kind) for kind in HOOKS_OF_OURS if kind not in present)]

@@ -1,224 +1,239 @@
-"""What is wrong with the data that a config names, before anything is built or trained.
+"""Whether the data that a config names is there, is what it says, and fits the model: told before anything is built.
 
-mmdet and mmaction2 find most of these mistakes late and far from their cause, and some never: a class that the
-annotation file does not have shifts the labels of all behind it.
+The toolkits meet most of these mistakes only after the model is built, in the words of some library, or never: a label
+that means another class does not raise.
 """
 
-import os
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 
-from normplug.openmmlab.data_files import read_coco, read_list
-from normplug.openmmlab.data_places import LOADERS, class_counts, data_sets, evaluators
+from normplug.openmmlab.data_files import CocoFile, missing_files, read_coco, read_list, some
+from normplug.openmmlab.data_places import LOADERS, class_counts, data_sets, dataset_class, evaluators, is_kind
 
 __all__ = ["check_data"]
 
-# A larger file is one of the public sets and takes longer to read than training takes to start.
-READ_UP_TO = 200_000_000  # bytes
-LOOK_FOR = 20_000  # videos; of more, that many are looked for at even distances
-
 
 def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
-    """Find mistakes in the data of a config, without building it.
+    """Refuse a config whose data is missing, is in another form, or has other classes than the model.
 
-    Looks at data sets of mmdet's CocoDataset and mmaction2's VideoDataset, in wrappers too; others are left alone.
+    It looks into data sets of mmdet that read COCO's json and mmaction2's VideoDataset and RawframeDataset, in wrappers
+    too, and leaves alone those that read or make their files in a way of their own, or from elsewhere than a disk. What
+    may be meant is told on stderr only.
 
     Args:
         cfg: A config as it will be run.
         loaders: The data loaders that it will use.
 
     Raises:
-        ValueError: For the first file or folder that is missing, class that has no place, number of classes that is
-            not that of the data, annotation file of a metric that is not that of its data, or line that is no sample.
+        FileNotFoundError: If a folder, annotations, a list, images or videos are missing.
+        ValueError: If what the files say does not fit the config.
     """
-    sets = [(path, dataset) for path, dataset in data_sets(cfg) if path.startswith(loaders)]
-    for path, dataset in sets:
-        kind = _kind(cfg, dataset)
-        if kind is not None:
-            _CHECKS[kind](cfg, path, dataset)
-    _check_metrics(cfg, sets)
-
-
-def _kind(cfg: Config, dataset: dict) -> str | None:
-    """Return which of the data sets that we know this is; subclasses with files of their own form are none."""
-    if dataset.get("type") in ("CocoDataset", "mmdet.CocoDataset"):
-        return "coco"
-    return "video" if dataset.get("type") in ("VideoDataset", "mmaction.VideoDataset") else None
-
-
-def _below(dataset: dict, file: str) -> Path:
-    return Path(dataset.get("data_root") or "", file or "")
-
-
-def _is_remote(dataset: dict) -> bool:
-    """Whether files are fetched from a store and cannot be looked for here."""
-    return dict(dataset.get("backend_args") or {}).get("backend", "local") != "local"
-
-
-# --- COCO
-
-
-def _check_coco(cfg: Config, path: str, dataset: dict) -> None:
-    classes = tuple(_metainfo(dataset, "classes") or _default_classes())
-    _check_counts(cfg, path, len(classes))
-    if _is_remote(dataset):
-        return
-    file = _below(dataset, dataset.get("ann_file"))
-    folder = _below(dataset, dict(dataset.get("data_prefix") or {}).get("img"))
-    if not file.is_file():
-        raise ValueError(f"{path}: the annotation file {file} is not there. {_SET_BY_HAND}")
-    if not folder.is_dir():
-        raise ValueError(f"{path}: the folder of images {folder} is not there. {_SET_BY_HAND}")
-    if file.stat().st_size > READ_UP_TO:
-        return
-    content = read_coco(file)
-    names = [category["name"] for category in content["categories"]]
-    known = {category["id"] for category in content["categories"]}
-    _check_classes(path, file, classes, names)
-    for key in ("images", "annotations"):
-        if not content[key]:
-            raise ValueError(f"{path}: {file} has no {key}; there is nothing to train or measure.")
-    strangers = {annotation.get("category_id") for annotation in content["annotations"]} - known
-    if strangers:
-        raise ValueError(
-            f"{path}: {file} has annotations of category_id {sorted(strangers, key=str)[0]!r}, and its categories have "
-            f"the ids {sorted(known, key=str)}. Every annotation needs one of these."
-        )
-    ids = {image["id"] for image in content["images"]}
-    if lost := [annotation for annotation in content["annotations"] if annotation.get("image_id") not in ids]:
-        raise ValueError(
-            f"{path}: {file} has {len(lost)} annotations of images that it does not list, the first of image_id "
-            f"{lost[0].get('image_id')!r}."
-        )
-    masks = _wants_masks(dataset)
-    if masks and (bare := [a for a in content["annotations"] if not a.get("segmentation")]):
-        raise ValueError(
-            f"{path}: {len(bare)} of {len(content['annotations'])} annotations in {file} have no segmentation, and the "
-            f"pipeline loads masks. Add polygons or RLE, or take a detector of boxes, such as configs/faster_rcnn/."
-        )
-    _check_files(path, file, folder, [image["file_name"] for image in content["images"]])
-
-
-_SET_BY_HAND = "Set data_root, ann_file and data_prefix of all three data sets, or give the folder: --data ROOT."
-
-
-def _metainfo(dataset: dict, key: str):
-    return dict(dataset.get("metainfo") or {}).get(key)
-
-
-def _default_classes() -> tuple[str, ...]:
-    with DATASETS.switch_scope_and_registry("mmdet") as registry:
-        return registry.get("CocoDataset").METAINFO["classes"]
-
-
-def _wants_masks(dataset: dict) -> bool:
-    return any(
-        "LoadAnnotations" in str(step.get("type")) and step.get("with_mask") for step in dataset.get("pipeline") or []
-    )
-
-
-def _check_classes(path: str, file: Path, classes: tuple[str, ...], names: list[str]) -> None:
-    wanted = [name for name in names if name in classes]
-    if tuple(wanted) == classes:
-        return
-    told = f"{path} has the classes {_some(classes)}, and {file} the categories {_some(names)}"
-    fix = f"Write metainfo=dict(classes={_some(names, True)}) in every data set, or let --data ROOT do it."
-    if not wanted:
-        raise ValueError(f"{told}: none of them fits. {fix}")
-    if missing := [name for name in classes if name not in names]:
-        raise ValueError(f"{told}: {_some(missing)} {'is' if len(missing) == 1 else 'are'} not in the file. {fix}")
-    raise ValueError(f"{told}: mmdet numbers them in the order of the file, so write them in that order. {fix}")
-
-
-def _some(names, as_tuple: bool = False) -> str:
-    if as_tuple:
-        return repr(tuple(names)) if len(names) <= 10 else f"({', '.join(map(repr, names[:10]))}, ...)"
-    return ", ".join(map(str, names[:5])) + (f", ... ({len(names)})" if len(names) > 5 else "")
-
-
-def _check_files(path: str, file: Path, folder: Path, names: list[str]) -> None:
-    present: dict[Path, set[str]] = {}  # one look per folder: a network drive takes a second for some hundred files
-    missing = []
-    for name in names:
-        place = (folder / name).parent
-        if place not in present:
-            present[place] = set(os.listdir(place)) if place.is_dir() else set()
-        if Path(name).name not in present[place]:
-            missing.append(name)
-    if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(names)} images of {file} are not in {folder}, the first {missing[0]!r}."
-        )
-
-
-def _check_counts(cfg: Config, path: str, number: int) -> None:
-    wrong = [(place, key, value) for place, _, key, value in class_counts(cfg) if value != number]
-    if wrong:
-        places = ", ".join(f"{place}.{key}={value}" for place, key, value in wrong)
-        raise ValueError(
-            f"{path} has {number} classes, and the model has {places}. Set {'it' if len(wrong) == 1 else 'them'} to "
-            f"{number}, or let --data ROOT set all places."
-        )
-
-
-def _check_metrics(cfg: Config, sets: list[tuple[str, dict]]) -> None:
-    for path, metric in evaluators(cfg):
-        loader = f"{path.partition('_')[0]}_dataloader"
-        dataset = next((one for place, one in sets if place.startswith(loader)), None)
-        file = metric.get("ann_file")
-        if dataset is None or _kind(cfg, dataset) != "coco" or not file or _is_remote(dataset):
+    for path, dataset in data_sets(cfg):
+        if not path.startswith(loaders):
             continue
-        expected = _below(dataset, dataset["ann_file"])
-        if not Path(file).is_file():
-            raise ValueError(f"{path}.ann_file={file!r} is not there. Set it to the data set's, {str(expected)!r}.")
-        if not os.path.samefile(file, expected):
+        kind = dataset_class(cfg, dataset)
+        if not _reads_as_usual(kind, dataset):
+            continue
+        split = path.partition("_")[0]
+        if is_kind(kind, "CocoDataset"):
+            _check_coco(cfg, split, path, dataset, kind)
+        else:
+            _check_videos(cfg, split, path, dataset, frames=is_kind(kind, "RawframeDataset"))
+
+
+def _reads_as_usual(kind: type | None, dataset: dict) -> bool:
+    """Whether a data set is one of the known kinds, with nothing in between it and its files."""
+    if dict(dataset.get("backend_args") or {}).get("backend", "local") != "local":
+        return False
+    for name in ("CocoDataset", "VideoDataset", "RawframeDataset"):
+        if is_kind(kind, name):
+            base = next(base for base in kind.__mro__ if base.__name__ == name)
+            return kind.load_data_list is base.load_data_list and kind.__init__ is base.__init__
+    return False
+
+
+# --- boxes and masks
+
+
+def _check_coco(cfg: Config, split: str, path: str, dataset: dict, kind: type) -> None:
+    root = dataset.get("data_root") or ""
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(f"{path}.data_root: there is no folder {root}; {_remedy(split)}.")
+    file = _present(f"{path}.ann_file", root, dataset.get("ann_file"), split)
+    folder = _present(f"{path}.data_prefix.img", root, (dataset.get("data_prefix") or {}).get("img", ""), split, True)
+    classes = _classes(path, dataset, kind)
+    metrics = [
+        (name, metric)
+        for name, metric in evaluators(cfg)
+        if name.startswith(f"{split}_") and metric["type"].rpartition(".")[2] == "CocoMetric"
+    ]
+    for name, metric in metrics:
+        if metric.get("ann_file") and not Path(metric["ann_file"]).is_file():
+            raise FileNotFoundError(f"{name}.ann_file: there is no file {metric['ann_file']}; {_remedy(split)}.")
+    content = read_coco(file)
+    _check_classes(path, dataset, classes, content)
+    if wrong := [f"{place}.{key}={value}" for place, _, key, value in class_counts(cfg) if value != len(classes)]:
+        raise ValueError(
+            f"{path} has {len(classes)} classes ({some(classes)}), and the model has {some(wrong, 20)}: set "
+            f"{'it' if len(wrong) == 1 else 'them'} to {len(classes)}, or {_ALL_PLACES}."
+        )
+    measures = [metric for _, metric in metrics if not metric.get("format_only")]
+    if split == "train" or measures:
+        _check_annotated(split, path, dataset, classes, content, measures)
+    for name, metric in metrics:
+        if metric.get("ann_file"):
+            _check_same(name, read_coco(metric["ann_file"]), path, content)
+    names = [name for _, name in content.images]
+    if missing := sorted(missing_files(folder, names)):
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(names)} images in {file} are not in {folder}, the first is {missing[0]!r}: "
+            f"put them there, or set {path}.data_prefix."
+        )
+
+
+_ALL_PLACES = "set all places at once with --data FOLDER (docs/your-data.md)"
+
+
+def _remedy(split: str) -> str:
+    return f"set it for {split}, or {_ALL_PLACES}"
+
+
+def _present(name: str, root: str, value: Any, split: str, folder: bool = False) -> Path:
+    """Return the path that a setting stands for, if it is there."""
+    if not isinstance(value, str) or not (value or folder):
+        raise ValueError(f"{name} is {value!r}, expected a path; {_remedy(split)}.")
+    path = Path(root, value)
+    if not (path.is_dir() if folder else path.is_file()):
+        what = "folder" if folder else "file"
+        raise FileNotFoundError(f"{name}: there is no {what} {path}; {_remedy(split)}.")
+    return path
+
+
+def _classes(path: str, dataset: dict, kind: type) -> tuple[str, ...]:
+    metainfo = dataset.get("metainfo") or {}
+    classes = metainfo.get("classes", kind.METAINFO.get("classes"))
+    if isinstance(classes, str):
+        if not Path(classes).is_file():
             raise ValueError(
-                f"{path}.ann_file={file!r} is not the file of {loader}, {str(expected)!r}: predictions would be "
-                f"measured against other images. Set it to that."
+                f"{path}.metainfo.classes is the text {classes!r}, expected a tuple: write ({classes!r},), with comma."
             )
+        classes = Path(classes).read_text().split("\n")
+        classes = [name.strip("\r") for name in classes if name]
+    if not classes:
+        raise ValueError(f"{path}.metainfo has no classes: write metainfo=dict(classes=('first', 'second')).")
+    return tuple(classes)
+
+
+def _check_classes(path: str, dataset: dict, classes: tuple[str, ...], content: CocoFile) -> None:
+    absent = [name for name in classes if name not in content.names]
+    metainfo = dataset.get("metainfo") or {}
+    if absent and "classes" not in metainfo:
+        wrong = " (CLASSES is not read)" if "CLASSES" in metainfo else ""
+        raise ValueError(
+            f"{path} has no metainfo.classes{wrong} and so those of {dataset['type']} ({some(classes, 3)}), "
+            f"and {content.path} has {len(content.names)} ({some(content.names)}): write "
+            f"metainfo=dict(classes={content.names}), and {len(content.names)} for each num_classes, or "
+            f"{_ALL_PLACES}."
+        )
+    if absent:
+        raise ValueError(
+            f"{path}.metainfo.classes has {some(map(repr, absent))}, and {content.path} has no such category, but "
+            f"{some(map(repr, content.names))}."
+        )
+    order = tuple(name for name in content.names if name in classes)
+    if order != classes:
+        raise ValueError(
+            f"{path}.metainfo.classes is {classes}, and {content.path} has them in the order {order}: write them in "
+            f"that order, for a label is a category's place in the file."
+        )
+    if others := [name for name in content.names if name not in classes and content.boxes[name]]:
+        print(f"normplug: {path} leaves out {some(others)} of {content.path}", file=sys.stderr)
+
+
+def _check_annotated(
+    split: str, path: str, dataset: dict, classes: tuple[str, ...], content: CocoFile, metrics: list[dict]
+) -> None:
+    boxes = sum(content.boxes[name] for name in classes)
+    if not boxes:
+        raise ValueError(
+            f"{content.path} has {'no' if content.annotated else 'no list of'} annotations of the classes "
+            f"{some(classes)}: expected boxes for {path}."
+        )
+    steps = dataset.get("pipeline") or ()
+    measured = [name for metric in metrics for name in _as_list(metric.get("metric", "bbox"))]
+    wants = "segm" in measured if split != "train" else any(step.get("with_mask") for step in steps)
+    if wants and content.masks < boxes:
+        raise ValueError(
+            f"{content.path} has no mask (segmentation) in {boxes - content.masks} of {boxes} annotations, and {path} "
+            f"is for a model with masks: add them, or train a model of boxes, such as Faster R-CNN."
+        )
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_same(name: str, compared: CocoFile, path: str, content: CocoFile) -> None:
+    """Refuse an evaluator that compares with other images, or numbers the classes in another way."""
+    if compared.path.resolve() == content.path.resolve():
+        return
+    strangers = content.images - compared.images
+    if strangers or compared.names != content.names:
+        wrong = (
+            f"{len(strangers)} of {len(content.images)} images are not in it"
+            if strangers
+            else f"its categories are {some(compared.names)}"
+        )
+        raise ValueError(
+            f"{name}.ann_file is {compared.path}, and {path} reads {content.path} ({wrong}): both must be one file."
+        )
 
 
 # --- videos
 
 
-def _check_videos(cfg: Config, path: str, dataset: dict) -> None:
-    if _is_remote(dataset):
-        return
-    file = _below(dataset, dataset.get("ann_file"))
-    folder = _below(dataset, dict(dataset.get("data_prefix") or {}).get("video"))
-    if not file.is_file():
-        raise ValueError(
-            f"{path}: the list of videos {file} is not there. Set ann_file, or give the folder: --data ROOT."
-        )
-    if not folder.is_dir():
-        raise ValueError(f"{path}: the folder of videos {folder} is not there. Set data_prefix, or use --data ROOT.")
-    if dataset.get("multi_class") or dataset.get("delimiter", " ") != " ":
-        return
-    samples = read_list(file)
-    if not samples:
-        raise ValueError(f"{path}: {file} is empty. Expected lines 'path label'.")
-    classes = _metainfo(dataset, "classes")
-    highest = max(samples, key=lambda sample: sample[1])
-    for place, _, key, value in class_counts(cfg):
-        if highest[1] >= value:
+def _check_videos(cfg: Config, split: str, path: str, dataset: dict, frames: bool) -> None:
+    root = dataset.get("data_root") or ""
+    file = _present(f"{path}.ann_file", root, dataset.get("ann_file"), split)
+    prefix = (dataset.get("data_prefix") or {}).get("img" if frames else "video") or ""
+    folder = _present(f"{path}.data_prefix", root, prefix, split, True)
+    multi_class = bool(dataset.get("multi_class"))
+    content = read_list(
+        file,
+        delimiter=" " if frames else dataset.get("delimiter", " "),
+        frames=frames,
+        multi_class=multi_class,
+        offset=bool(dataset.get("with_offset")),
+    )
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    largest = max(content.labels)
+    counts = [(f"{place}.{key}", value) for place, _, key, value in class_counts(cfg)]
+    if multi_class:
+        counts.append((f"{path}.num_classes", dataset.get("num_classes") or 0))
+    for name, value in counts:
+        if classes and value != len(classes):
             raise ValueError(
-                f"{path}: {file} has the label {highest[1]} ({highest[0]}), and the model has {place}.{key}={value}, "
-                f"for labels from 0 to {value - 1}. Set it to {highest[1] + 1} or more, or let --data ROOT do it."
+                f"{name}={value}, and {path} has {len(classes)} classes ({some(classes)}): write {len(classes)}."
             )
-        if classes and len(classes) != value:
+        if largest >= value:
+            number = sum(count for label, count in content.labels.items() if label >= value)
             raise ValueError(
-                f"{path} has {len(classes)} classes, and the model has {place}.{key}={value}. Make them equal."
+                f"{file} has the label {largest}, and {name}={value}: labels go from 0 to {value - 1}, and {number} of "
+                f"{content.labels.total()} are larger; write the number of classes there, or use --data FOLDER."
             )
-    step = max(1, len(samples) // LOOK_FOR)
-    missing = [name for name, _ in samples[::step] if not (folder / name).is_file()]
-    if missing:
-        looked = len(samples[::step])
-        raise ValueError(
-            f"{path}: {len(missing)} of {looked} videos of {file} are not in {folder}, the first {missing[0]!r}."
+    if missing := missing_files(folder, content.names):
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(content.names)} {'folders' if frames else 'videos'} in {file} are not in "
+            f"{folder}, the first is {missing[0]!r}: put them there, or set {path}.data_prefix."
         )
-
-
-_CHECKS: dict[str, Callable[[Config, str, dict], None]] = {"coco": _check_coco, "video": _check_videos}
+    if split == "train":
+        for name, value in counts:
+            if absent := [label for label in range(value) if label not in content.labels]:
+                print(
+                    f"normplug: {name}={value}, and no video in {file} has one of {len(absent)} of these labels "
+                    f"({some(absent)}); if there are fewer classes, write their number there, or use --data FOLDER",
+                    file=sys.stderr,
+                )

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import MODELS, Registry
+from mmengine.registry import DATASETS, MODELS, Registry
 
-__all__ = ["LOADERS", "class_counts", "data_sets", "evaluators", "leaves"]
+__all__ = ["LOADERS", "class_counts", "data_sets", "dataset_class", "evaluators", "is_kind", "leaves"]
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
@@ -30,6 +30,24 @@ def leaves(dataset: Any, path: str) -> Iterator[tuple[str, dict]]:
             yield from leaves(dataset[key], f"{path}.{key}")
         if not inner:
             yield path, dataset
+
+
+def dataset_class(cfg: Config, dataset: dict) -> type | None:
+    """Return the class that a data set's config names, or None if nothing registered has that name."""
+    kind = dataset.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with DATASETS.switch_scope_and_registry(dataset.get("_scope_") or cfg.get("default_scope")) as registry:
+        return registry.get(kind)
+
+
+def is_kind(cls: type | None, name: str) -> bool:
+    """Whether a class is the toolkits' class of this name, or comes from it; nothing is imported for it."""
+    return any(base.__name__ == name and base.__module__.startswith(("mmdet.", "mmaction.")) for base in _bases(cls))
+
+
+def _bases(cls: type | None) -> tuple[type, ...]:
+    return cls.__mro__ if isinstance(cls, type) else ()
 
 
 def evaluators(cfg: Config) -> Iterator[tuple[str, dict]]:
@@ -68,6 +86,8 @@ def _counts(part: Any, path: str, in_head: bool, registry: Registry) -> Iterator
             yield path, part, "num_classes", part["num_classes"]
         elif (default := _default_classes(part["type"], registry)) is not None:
             yield path, part, "num_classes", default
+    if path.endswith(".aux_head_cfg") and isinstance(part.get("out_channels"), int):  # of mmaction2's TPN
+        yield path, part, "out_channels", part["out_channels"]
     if isinstance(part.get("num_things_classes"), int):
         yield path, part, "num_things_classes", part["num_things_classes"]
     for key, item in part.items():
@@ -75,6 +95,9 @@ def _counts(part: Any, path: str, in_head: bool, registry: Registry) -> Iterator
 
 
 def _default_classes(kind: str, registry: Registry) -> int | None:
-    cls = registry.get(kind)
-    parameter = inspect.signature(cls).parameters.get("num_classes") if isinstance(cls, type) else None
-    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+    """Return what a head takes for num_classes if its config does not say; most hand it to a class above theirs."""
+    for cls in _bases(registry.get(kind)):
+        parameter = inspect.signature(cls.__init__).parameters.get("num_classes") if "__init__" in vars(cls) else None
+        if parameter is not None:
+            return parameter.default if isinstance(parameter.default, int) else None
+    return None

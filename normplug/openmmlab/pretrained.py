@@ -5,6 +5,9 @@ import difflib
 import http.client
 import os
 import socket
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +20,9 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 __all__ = ["MissingWeightsError", "Weights", "checkpoints_in", "fetch_weights", "find_weights", "told_if_missing"]
 
 PATIENCE = 30.0  # seconds without a byte, after which a download is given up
+# Seconds for the first answer. No timeout reaches into the look-up of a server's name, which without a network may take
+# half a minute.
+FIRST_ANSWER = 10.0
 
 
 class MissingWeightsError(OSError):
@@ -41,7 +47,7 @@ def find_weights(checkpoint: str) -> Weights | None:
     """
     scheme, _, name = checkpoint.partition("://")
     if not name:
-        return Weights(None, Path(checkpoint))
+        return Weights(None, Path(checkpoint).expanduser())
     if scheme in ("http", "https"):
         return Weights(checkpoint, Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(checkpoint).path).name))
     if scheme == "detectron-as-rgb":
@@ -74,7 +80,7 @@ def checkpoints_in(cfg: Any) -> Iterator[str]:
     """Yield every checkpoint that a model's config is initialized from, in the order of the config."""
     for key, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
         if isinstance(value, str) and (
-            key == "pretrained" or (key == "checkpoint" and cfg.get("type") == "Pretrained")
+            key in ("pretrained", "teacher_ckpt") or (key == "checkpoint" and cfg.get("type") == "Pretrained")
         ):
             yield value
         elif isinstance(value, dict | list | tuple):
@@ -116,19 +122,49 @@ def told_if_missing(address: str, folder: str | None = None) -> Iterator[None]:
     Raises:
         MissingWeightsError: If the download fails.
     """
+    name = Path(urlparse(address).path).name
+    file = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), name)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE if before is None else before)
     try:
+        if not file.is_file():
+            _knock(address)
         yield
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
         if getattr(error, "errno", None) is not None and getattr(error, "filename", None) is not None:
             raise  # the disk, not the network
-        name = Path(urlparse(address).path).name
-        file = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), name)
         raise MissingWeightsError(
-            f"The weights {address} are not on this machine and cannot be downloaded "
-            f"({getattr(error, 'reason', None) or error or type(error).__name__}). Get the file where there is a "
-            f"network, and put it here: {file}"
+            f"The weights {address} are not on this machine and cannot be downloaded ({_reason(error)}). Get the file "
+            f"where there is a network, and put it here: {file}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _knock(address: str) -> None:
+    """Raise what happens if a server is asked for nothing but whether it is there; one that answers at all is.
+
+    In a thread of its own, which is left behind where it has no answer in time.
+    """
+    failures: list[OSError | http.client.HTTPException] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD")).close()
+        except urllib.error.HTTPError:
+            pass  # an answer: what it means is found out when the file itself is asked for
+        except (OSError, http.client.HTTPException) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(FIRST_ANSWER)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {FIRST_ANSWER:.0f} s")
+    if failures:
+        raise failures[0]
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
