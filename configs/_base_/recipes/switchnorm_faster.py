@@ -1,5 +1,5 @@
-# Detectron.pytorch, as SwitchNorm_Detection has it: Detectron's recipe, but whatever is called bias, that of a norm too,
-# learns at twice the rate. Configs take these values over by name.
+# Detectron.pytorch, as SwitchNorm_Detection has it: Detectron's recipe, but whatever is called bias, that of a norm
+# too, learns at twice the rate. Configs take these values over by name.
 recipe_model = dict(
     data_preprocessor=dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
     rpn_head=dict(loss_bbox=dict(type="SmoothL1Loss", beta=1 / 9)),
