@@ -119,13 +119,13 @@ def smaller(config: Path | str, epochs: int = 1, workers: bool = True) -> list[s
 
     Args:
         config: Config file.
-        epochs: Length of the training.
+        epochs: Length of the training; one is two iterations where the config counts those.
         workers: Whether samples are loaded in processes of their own, as the config says.
     """
     cfg = Config.fromfile(config)
     options = {}
     if cfg.train_cfg.get("type", "EpochBasedTrainLoop") == "IterBasedTrainLoop":
-        options |= {"train_cfg.max_iters": 2, "train_cfg.val_interval": 2}
+        options |= {"train_cfg.max_iters": 2 * epochs, "train_cfg.val_interval": 2}
     else:
         options["train_cfg.max_epochs"] = epochs
     if "data/digits" in str(cfg.train_dataloader):
