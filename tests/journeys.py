@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from mmengine.config import Config
-from tiny_data import PANORAMA, make_coco, make_kinetics, make_weights
+from tiny_data import PANORAMA, make_coco, make_kinetics, make_own, make_weights
 
 __all__ = ["Checkout", "Done", "in_shell", "make_checkout", "smaller", "train"]
 
@@ -97,6 +97,8 @@ def make_checkout(folder: Path, port: int, few: bool = False) -> Checkout:
         base.write_text(text)
     make_coco(root / "data" / "coco", **(dict(train=2, val=1, sizes=PANORAMA) if few else {}))
     make_kinetics(root / "data" / "kinetics400", **(dict(train=2, val=1) if few else {}))
+    data = root / "data"
+    make_own(data / "fruit", data / "gestures", data / "coco", data / "kinetics400")
     make_weights(folder / "torch")
     nowhere = "http://127.0.0.1:9"
     env = os.environ | {

@@ -6,10 +6,12 @@ shorter than what is sampled. And weights to start from, under the names and key
 
     data/coco/{annotations/instances_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg}
     data/kinetics400/{videos_train,videos_val}/<class>/*.mp4, kinetics400_{train,val}_list_videos.txt
+    data/{fruit,gestures}: one's own data, of the same files
     <TORCH_HOME>/hub/checkpoints/*.pth
 """
 
 import json
+import shutil
 from itertools import count, cycle
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch import nn
 
 import normplug  # noqa: F401  lets mmdet import
 
-__all__ = ["make_coco", "make_kinetics", "make_weights", "overlapping"]
+__all__ = ["make_coco", "make_kinetics", "make_own", "make_weights", "overlapping"]
 
 _NOT_USED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of the 91 ids of COCO's paper the 11 that the data lacks; 91 too
 SIZES = ((160, 120), (120, 160), (160, 107), (128, 128))  # width, height: COCO's shapes, a quarter of their side
@@ -105,6 +107,30 @@ def _runs(mask: np.ndarray) -> list[int]:
     """COCO's uncompressed run lengths of a mask (H, W): down the columns, zeros first."""
     flat = np.concatenate([[0], mask.T.flatten(), [1 - mask.T.flat[-1]]])
     return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat)), [mask.size]])).tolist()
+
+
+def make_own(fruit: Path, gestures: Path, coco: Path, kinetics: Path) -> None:
+    """Make of the two sets those that docs/your-data.md is about: eight fruits, and two gestures in folders.
+
+    Args:
+        fruit: Folder of the images, created.
+        gestures: Folder of the videos, created.
+        coco: What `make_coco` wrote.
+        kinetics: What `make_kinetics` wrote.
+    """
+    shutil.copytree(coco, fruit)
+    for file in (fruit / "annotations").glob("instances_*.json"):
+        content = json.loads(file.read_text())
+        names = ("apple", "pear", "plum", "fig", "lime", "kiwi", "date", "grape")
+        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+        for annotation, i in zip(content["annotations"], cycle(range(1, 9)), strict=False):
+            annotation["category_id"] = i
+        file.write_text(json.dumps(content))
+    for split in ("train", "val"):
+        clips = sorted((kinetics / f"videos_{split}").rglob("*.mp4"))
+        for clip, name in zip(clips, cycle(("point", "wave")), strict=False):
+            (gestures / split / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(clip, gestures / split / name)
 
 
 def make_kinetics(root: Path, train: int = 16, val: int = 8) -> None:
