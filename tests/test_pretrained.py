@@ -70,7 +70,12 @@ def test_a_file_that_was_put_there_is_taken(hub):
 
 def test_a_server_of_names_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(pretrained, "FIRST_ANSWER", 0.1)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(2))
+
+    def late(*args, **kwargs):
+        time.sleep(2)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")  # nobody listens any more
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
     start = time.monotonic()
     with pytest.raises(MissingWeightsError, match=r"cannot be downloaded \(no answer within"):
         CheckpointLoader.load_checkpoint("torchvision://resnet50")
