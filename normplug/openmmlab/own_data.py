@@ -147,8 +147,8 @@ def _use_images(cfg: Config, root: Path) -> str:
     without = [name for name in classes if not train.file.boxes[name]]
     return (
         f"data of {root}: {len(classes)} classes ({some(classes)}), {found}"
-        f"{f', no object to train on of {some(without)}' if without else ''}; set in {len(places)} heads "
-        f"({', '.join(places)}), all data sets and metrics"
+        f"{f', no object to train on of {some(without)}' if without else ''}; set in {len(places)} "
+        f"{'head' if len(places) == 1 else 'heads'} ({', '.join(places)}), all data sets and metrics"
     )
 
 
