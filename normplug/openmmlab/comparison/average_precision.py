@@ -10,6 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from normplug.openmmlab.comparison.bootstrap import Metric
+from normplug.openmmlab.comparison.error_types import count_errors
+from normplug.openmmlab.comparison.precision_recall import precision_recall
 
 __all__ = ["AveragePrecision", "evaluate"]
 
@@ -95,7 +97,8 @@ class AveragePrecision:
     An image that counts n times is an image that is n times in the data set; with each counting once the values are
     those of ``COCOeval.accumulate``. The order of detections with equal scores is that of the images.
 
-    `support` has the number of images with objects, for each size and class.
+    `support` has the number of images with objects, for each size and class; `curves` and `errors` what
+    `precision_recall` and `count_errors` say of the data as it is.
 
     Args:
         evaluator: What `evaluate` returns.
@@ -112,6 +115,7 @@ class AveragePrecision:
             found = evaluator.evalImgs[i * shape[2] : (i + 1) * shape[2]]
             self.cells.append(_cell([(j, e) for j, e in enumerate(found) if e is not None], len(p.iouThrs)))
         self.support = self._count_images()
+        self.curves, self.errors = precision_recall(evaluator), count_errors(evaluator)
 
     def _count_images(self) -> dict[Metric, int]:
         cells = [images for images, _, _ in self.cells]

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from normplug.openmmlab.comparison.bootstrap import FEWEST, Difference
 from normplug.openmmlab.comparison.config_difference import config_difference
 from normplug.openmmlab.comparison.cost import PASSES, speed
+from normplug.openmmlab.comparison.error_types import ERRORS
 from normplug.openmmlab.comparison.norms import Filters, Norm, Summary, part_of
+from normplug.openmmlab.comparison.precision_recall import draw_curves
 from normplug.openmmlab.comparison.run import Comparison
 from normplug.openmmlab.comparison.training import draw_trainings, find_training
 from normplug.reporting import Report, markdown_table, write_json
@@ -44,6 +46,7 @@ def write(comparison: Comparison, folder: Path, facts: Mapping[str, Any]) -> lis
     report = Report(" against ".join(comparison.names), _lead(comparison))
     _report_metrics(report, comparison)
     _report_classes(report, comparison)
+    _report_errors(report, comparison)
     _report_cost(report, comparison)
     _report_norms(report, comparison)
     _report_trainings(report, comparison)
@@ -169,6 +172,26 @@ def _kind(d: Difference) -> str:
 def _arrow(d: Difference | None) -> str:
     star = " *" if d and "better" in d.verdict else ""
     return f"{_percent(d.a)} → {_percent(d.b)}{star}" if d else NOTHING
+
+
+# --- curves and errors
+
+
+def _report_errors(report: Report, comparison: Comparison) -> None:
+    for of, pair in comparison.curves.items():
+        report.heading(f"Precision and errors: {of}")
+        if all(pair):
+            caption = "Precision by recall, the mean over classes; the area under it is the AP."
+            report.figure(draw_curves(pair, LETTERS), f"precision-{of}", caption)
+        a, b = comparison.errors[of]
+        report.table(
+            [
+                ["error", *LETTERS, "B − A"],
+                *([name, str(a[name]), str(b[name]), f"{b[name] - a[name]:+d}"] for name in ERRORS),
+            ],
+            "Numbers of detections of any score by TIDE's types, IoU 0.5 (0.1 for background), and of missed objects. "
+            "Detections of low score count as much as others here: a model that keeps more of them has more errors.",
+        )
 
 
 # --- cost
@@ -434,6 +457,8 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
             | {"support": d.support, "verdict": d.verdict}
             for d in comparison.differences
         ],
+        "precision_recall": comparison.curves,
+        "errors": comparison.errors,
         "cost": [asdict(cost) for cost in comparison.costs],
         "cost_from_cache": comparison.costs_from_cache,
         "norms": [[asdict(norm) for norm in side] for side in comparison.norms],

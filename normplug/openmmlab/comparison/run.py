@@ -45,6 +45,8 @@ class Comparison:
     costs_from_cache: str  # when they were measured, if not now
     norms: list[list[Norm]]
     filters: list[list[Filters]]  # empty where neither standardizes weights
+    curves: dict[str, list[dict[str, list[float]]]]  # by "box" or "mask"; of detection only
+    errors: dict[str, list[dict[str, int]]]
 
     @property
     def names(self) -> list[str]:
@@ -94,8 +96,10 @@ def compare_checkpoints(
 
                 predictions.append(cache.predictions(key, compute))
         classes = getattr(loader.dataset, "metainfo", {}).get("classes") or ()
-        differences = []
+        differences, curves, errors = [], {}, {}
         for ours, theirs in zip(*(_scorers(sides, found, classes) for found in predictions), strict=True):
+            if isinstance(ours, AveragePrecision):
+                curves[ours.of], errors[ours.of] = [ours.curves, theirs.curves], [ours.errors, theirs.errors]
             with bar("bootstrap", resamples) as advance:
                 differences += compare(
                     ours, theirs, _samples(predictions[0]), resamples, support=ours.support, advance=advance
@@ -114,6 +118,8 @@ def compare_checkpoints(
         costs_from_cache=measured,
         norms=[norms_of(m, OutputRanges.from_state(p.ranges)) for m, p in zip(models, predictions, strict=True)],
         filters=filters if any(f.standardized for side in filters for f in side) else [],
+        curves=curves,
+        errors=errors,
     )
 
 
