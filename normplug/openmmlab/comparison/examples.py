@@ -21,7 +21,8 @@ __all__ = ["ClipExamples", "Counts", "ImageExamples", "count_hits"]
 MOST = 4  # examples
 SCORE = 0.3  # detections below it are neither counted nor drawn
 FRAMES, TOP, MOST_CONFUSIONS = 3, 3, 10
-LONGEST = 240  # pixels of a picture's longer side in the report: a dozen photographs stay below 600 KB
+# Pixels of a picture's longer side: a dozen photographs, grey, or in colour, stay below 600 KB.
+IMAGE_SIDE, FRAME_SIDE = 240, 120
 Results = Mapping[str, list]
 
 
@@ -76,17 +77,22 @@ class ImageExamples:
         self.truth, self.results, self.paths, self.categories = truth, results, paths, categories
         self.counts = [count_hits(truth, r, categories) for r in results]
         a, b = ({i: c.hits - c.false for i, c in side.items()} for side in self.counts)
-        order = sorted(a, key=lambda i: -abs(a[i] - b[i]))  # stable: of equals the first
+        different = [i for i in a if a[i] != b[i]]
+        order = sorted(different, key=lambda i: -abs(a[i] - b[i]))  # stable: of equals the first
         self.chosen, self.unreadable = _readable(order, lambda i: _read_image(paths.get(i, "")))
 
     def report(self, report: Report, letters: Sequence[str]) -> None:
         """Add a figure, a row for each image: truth, A and B."""
         if self.chosen:
             caption = (
-                f"The {len(self.chosen)} images whose hits minus false detections (IoU 0.5, score {SCORE} or more) "
-                "differ most. Colours are classes; the pictures are grey so that these stand out."
+                f"The images whose hits minus false detections (IoU 0.5, score {SCORE} or more) differ most. "
+                "Colours are classes; the pictures are grey so that these stand out."
             )
             report.figure(self._draw(letters), "examples", caption)
+        elif not self.unreadable:
+            report.text(
+                f"No image has other hits minus false detections (IoU 0.5, score {SCORE} or more) in B than in A."
+            )
         report.text(_sentence(len(self.unreadable), "image"))
 
     def numbers(self) -> list[dict[str, Any]]:
@@ -101,7 +107,7 @@ class ImageExamples:
         figure = Figure(figsize=(9, sum(0.4 + 2.9 * min(h / w, 1.3) for h, w, _ in shapes)), layout="constrained")
         rows = figure.subplots(len(self.chosen), 3, squeeze=False)
         for panels, (image, picture) in zip(rows, self.chosen.items(), strict=True):
-            grey = cv2.cvtColor(_small(picture), cv2.COLOR_RGB2GRAY)
+            grey = cv2.cvtColor(_small(picture, IMAGE_SIDE), cv2.COLOR_RGB2GRAY)
             own = self.truth.loadAnns(self.truth.getAnnIds([image], self.categories, iscrowd=False))
             found = [
                 [d for kind in ("bbox", "segm") for d in r.get(kind, []) if d["image_id"] == image]
@@ -118,7 +124,7 @@ class ImageExamples:
 
     def _draw_one(self, axes: Axes, one: Mapping[str, Any]) -> None:
         """Draw an annotation, with box and mask, or an entry of a result list, which has the one or the other."""
-        colour = colormaps["tab20"](self.categories.index(one["category_id"]) % 20)
+        colour = colormaps["tab10"](self.categories.index(one["category_id"]) % 10)
         if one.get("segmentation"):
             mask = self.truth.annToMask(one)
             axes.imshow(
@@ -147,17 +153,20 @@ class ClipExamples:
         self.labels, self.paths = np.array(results[0]["labels"]), paths
         self.classes = classes or [f"class {k}" for k in range(self.scores[0].shape[1])]
         right = [scores[np.arange(len(scores)), self.labels] for scores in self.scores]
-        order = np.argsort(-np.abs(right[0] - right[1]), kind="stable")
-        self.chosen, self.unreadable = _readable(order.tolist(), lambda i: _read_frames(paths[i] if paths else ""))
+        gaps = np.abs(right[0] - right[1])
+        order = [i for i in np.argsort(-gaps, kind="stable").tolist() if gaps[i]]
+        self.chosen, self.unreadable = _readable(order, lambda i: _read_frames(paths[i] if paths else ""))
 
     def report(self, report: Report, letters: Sequence[str]) -> None:
         """Add a figure, a row of frames and classes for each clip, and a table of the most frequent confusions."""
         if self.chosen:
             caption = (
-                f"The {len(self.chosen)} clips whose right class has the most different scores, and the {TOP} classes "
-                "of highest score; a star marks the right one."
+                f"The clips whose right class has the most different scores, and the {TOP} classes of highest score; "
+                "a star marks the right one."
             )
             report.figure(self._draw(letters), "examples", caption)
+        elif not self.unreadable:
+            report.text("No clip's right class has another score in B than in A.")
         report.text(_sentence(len(self.unreadable), "clip"))
         confusions = self.confusions()
         if confusions:
@@ -191,7 +200,7 @@ class ClipExamples:
         rows = figure.subplots(len(self.chosen), FRAMES + 1, squeeze=False)
         for panels, (clip, frames) in zip(rows, self.chosen.items(), strict=True):
             for axes, frame in zip(panels, frames, strict=False):  # a short clip has fewer
-                _show(axes, _small(frame), "", frame.shape)
+                _show(axes, _small(frame, FRAME_SIDE), "", frame.shape)
             panels[0].set_title(Path(self.paths[clip]).name, fontsize="small")
             lines = [f"right: {self.classes[self.labels[clip]]}"]
             for letter, scores in zip(letters, self.scores, strict=True):
@@ -237,8 +246,8 @@ def _ranked(scores: np.ndarray) -> np.ndarray:
     return np.argsort(scores, axis=1)[:, ::-1]  # of equals the last, as mmaction2 and our accuracy have it
 
 
-def _small(picture: np.ndarray) -> np.ndarray:
-    scale = LONGEST / max(picture.shape[:2])
+def _small(picture: np.ndarray, side: int) -> np.ndarray:
+    scale = side / max(picture.shape[:2])
     return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
 
 
