@@ -47,6 +47,8 @@ def write(comparison: Comparison, folder: Path, facts: Mapping[str, Any]) -> lis
     _report_metrics(report, comparison)
     _report_classes(report, comparison)
     _report_errors(report, comparison)
+    report.heading("Examples")
+    comparison.examples.report(report, LETTERS)
     _report_cost(report, comparison)
     _report_norms(report, comparison)
     _report_trainings(report, comparison)
@@ -459,6 +461,7 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
         ],
         "precision_recall": comparison.curves,
         "errors": comparison.errors,
+        "examples": comparison.examples.numbers(),
         "cost": [asdict(cost) for cost in comparison.costs],
         "cost_from_cache": comparison.costs_from_cache,
         "norms": [[asdict(norm) for norm in side] for side in comparison.norms],

@@ -16,13 +16,14 @@ from pycocotools.coco import COCO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from normplug.bench.facts import processor
 from normplug.openmmlab.comparison.accuracy import Accuracy
 from normplug.openmmlab.comparison.average_precision import AveragePrecision, evaluate
 from normplug.openmmlab.comparison.bootstrap import Difference, compare
 from normplug.openmmlab.comparison.cost import PASSES, Cost, Latency, measure, static_cost
+from normplug.openmmlab.comparison.examples import ClipExamples, ImageExamples
 from normplug.openmmlab.comparison.norms import Filters, Norm, OutputRanges, filters_of, norms_of
 from normplug.openmmlab.comparison.predictions import DATE, EMPTY, Cache, Predictions, fingerprint, predict
 from normplug.openmmlab.comparison.sides import Side, check_comparable, evaluators, metrics_of, names_of, task_of
@@ -47,6 +48,7 @@ class Comparison:
     filters: list[list[Filters]]  # empty where neither standardizes weights
     curves: dict[str, list[dict[str, list[float]]]]  # by "box" or "mask"; of detection only
     errors: dict[str, list[dict[str, int]]]
+    examples: ImageExamples | ClipExamples
 
     @property
     def names(self) -> list[str]:
@@ -104,6 +106,7 @@ def compare_checkpoints(
                 differences += compare(
                     ours, theirs, _samples(predictions[0]), resamples, support=ours.support, advance=advance
                 )
+        examples = _examples(a, [found.results for found in predictions], loader.dataset, classes)
         costs, measured = _costs(models, keys, loader, device, batch_sizes, seconds, cache, bar)
     filters = [filters_of(model) for model in models]
     return Comparison(
@@ -120,6 +123,7 @@ def compare_checkpoints(
         filters=filters if any(f.standardized for side in filters for f in side) else [],
         curves=curves,
         errors=errors,
+        examples=examples,
     )
 
 
@@ -141,13 +145,28 @@ def _scorers(
         top_k = (evaluator.get("metric_options") or {}).get("top_k_accuracy", {}).get("topk", (1, 5))
         top_k = [top_k] if isinstance(top_k, int) else top_k
         return [Accuracy(np.array(results["scores"]), np.array(results["labels"]), top_k, classes)]
-    truth = COCO(evaluator["ann_file"])
-    categories = truth.getCatIds(catNms=list(classes))
+    truth, categories = _truth(sides[0], classes)
     return [
         AveragePrecision(evaluate(truth, results[k], k, results["images"], categories, evaluator.get("iou_thrs")))
         for k in metrics_of(sides[0])
         if k in metrics_of(sides[1])
     ]
+
+
+def _truth(side: Side, classes: Sequence[str]) -> tuple[COCO, list[int]]:
+    truth = COCO(evaluators(side.cfg)[0]["ann_file"])
+    return truth, truth.getCatIds(catNms=list(classes))
+
+
+def _examples(
+    side: Side, results: Sequence[dict[str, list]], dataset: Dataset, classes: Sequence[str]
+) -> ImageExamples | ClipExamples:
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    if task_of(side) == "detection":
+        truth, categories = _truth(side, classes)
+        return ImageExamples(truth, results, {info["img_id"]: info["img_path"] for info in infos}, categories)
+    in_order = [info.get("label") for info in infos] == results[0]["labels"]  # else a sampler has shuffled the clips
+    return ClipExamples(results, [info.get("filename", "") for info in infos] if in_order else [], classes)
 
 
 def _samples(predictions: Predictions) -> int:
