@@ -3,7 +3,8 @@
 Both models are evaluated on the test data of A's config, with A's test pipeline and evaluator; each keeps its own data
 preprocessor. Writes report.md, report.html, report.json and PNGs, and prints the metrics with their differences; a
 difference whose 95% bootstrap interval over images or clips holds zero is called inside the noise. Detectors with
-CocoMetric and recognizers with AccMetric can be compared.
+CocoMetric and recognizers with AccMetric can be compared. With --more-a and --more-b the metrics are compared over
+several seeds too.
 
 Exit code: 0 done; 2 wrong arguments, or two models that cannot be compared.
 """
@@ -26,6 +27,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         p.add_argument(f"config_{letter.lower()}", type=Path, metavar=f"{letter}.py", help=f"config of model {letter}")
         p.add_argument(
             f"checkpoint_{letter.lower()}", type=Path, metavar=f"{letter}.pth", help=f"checkpoint of model {letter}"
+        )
+    for letter in "AB":
+        p.add_argument(
+            f"--more-{letter.lower()}",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar=f"{letter}2.pth",
+            help=f"checkpoints of {letter}.py trained with other seeds: the metrics are compared over all",
         )
     p.add_argument("--out", type=Path, metavar="DIR", help="default: work_dirs/compare/<A>_vs_<B>")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto: the first GPU if there is one")
@@ -75,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         a = Side("A", args.config_a, args.checkpoint_a, args.cfg_options)
         b = Side("B", args.config_b, args.checkpoint_b, args.cfg_options)
+        more = [
+            [Side(letter, config, checkpoint, args.cfg_options) for checkpoint in checkpoints]
+            for letter, config, checkpoints in (("A", args.config_a, args.more_a), ("B", args.config_b, args.more_b))
+        ]
         comparison = compare_checkpoints(
             a,
             b,
@@ -83,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             resamples=args.resamples,
             seconds=args.seconds,
             cache=Cache(args.cache),
+            more=more,
         )
     except (OSError, ImportError, ValueError) as error:
         print(f"compare_checkpoints.py: {error}", file=sys.stderr)

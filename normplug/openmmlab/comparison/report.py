@@ -16,6 +16,7 @@ from normplug.openmmlab.comparison.error_types import ERRORS
 from normplug.openmmlab.comparison.norms import Filters, Norm, Summary, part_of
 from normplug.openmmlab.comparison.precision_recall import draw_curves
 from normplug.openmmlab.comparison.run import Comparison
+from normplug.openmmlab.comparison.seeds import OverSeeds
 from normplug.openmmlab.comparison.training import draw_trainings, find_training
 from normplug.reporting import Report, markdown_table, write_json
 
@@ -31,8 +32,11 @@ Rows = list[list[str]]
 
 
 def brief(comparison: Comparison) -> str:
-    """Return the short table for a terminal: the metrics, and the verdict on each."""
-    return markdown_table(_metric_rows(_overall(comparison)))
+    """Return the short tables for a terminal: the metrics, and the verdict on each, of one pair and over seeds."""
+    pair = markdown_table(_metric_rows(_overall(comparison)))
+    if not comparison.seeds:
+        return pair
+    return f"{pair}\n\nOver seeds ({_seeds(comparison)}):\n\n{markdown_table(_seed_rows(comparison.seeds))}"
 
 
 def write(comparison: Comparison, folder: Path, facts: Mapping[str, Any]) -> list[Path]:
@@ -45,6 +49,7 @@ def write(comparison: Comparison, folder: Path, facts: Mapping[str, Any]) -> lis
     """
     report = Report(" against ".join(comparison.names), _lead(comparison))
     _report_metrics(report, comparison)
+    _report_seeds(report, comparison)
     _report_classes(report, comparison)
     _report_errors(report, comparison)
     report.heading("Examples")
@@ -90,8 +95,11 @@ def _metric_rows(differences: Iterable[Difference]) -> Rows:
 
 
 def _cells(d: Difference) -> list[str]:
-    interval = NOTHING if np.isnan(d.low) else f"{100 * d.low:+.1f} to {100 * d.high:+.1f}"
-    return [d.verdict, _percent(d.difference, "+.1f"), interval, _percent(d.a), _percent(d.b)]
+    return [d.verdict, _percent(d.difference, "+.1f"), _interval(d.low, d.high), _percent(d.a), _percent(d.b)]
+
+
+def _interval(low: float, high: float) -> str:
+    return NOTHING if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def _percent(value: float, form: str = ".1f") -> str:
@@ -131,6 +139,42 @@ def _forest(axes: Axes, differences: Sequence[Difference], name: Callable[[Diffe
     axes.set_ylim(len(differences) - 0.5, -0.5)
     axes.set_xlabel("A is better  ←  B − A, percentage points  →  B is better", fontsize="small")
     axes.grid(axis="x", alpha=0.3)
+
+
+def _report_seeds(report: Report, comparison: Comparison) -> None:
+    if not comparison.seeds:
+        return
+    report.heading("Over seeds")
+    report.table(
+        _seed_rows(comparison.seeds),
+        f"In %, over {_seeds(comparison)}: B − A of the means, with Welch's 95% t interval; mean ± standard deviation "
+        "of A and B. If the interval holds zero, the difference is inside the noise of training. All were scored on "
+        "the same test set: its noise is shared and not in this interval, but in that of the metrics above. No "
+        "spread: the seeds of neither model differ, which shows no noise to judge by.",
+    )
+    checkpoints = [[side, *more] for side, more in zip(comparison.sides, comparison.more, strict=True)]
+    names = [f"{side.letter}{i}" for of_one in checkpoints for i, side in enumerate(of_one, 1)]
+    files = [f"`{side.checkpoint}`" for of_one in checkpoints for side in of_one]
+    report.text("\n".join(f"- **{name}**: {file}" for name, file in zip(names, files, strict=True)))
+    report.folded(
+        "Seed by seed",
+        [["metric", *names], *([str(s.metric), *map(_percent, [*s.a, *s.b])] for s in comparison.seeds)],
+    )
+
+
+def _seeds(comparison: Comparison) -> str:
+    return " and ".join(f"{1 + len(more)} of {x}" for x, more in zip(LETTERS, comparison.more, strict=True))
+
+
+def _seed_rows(seeds: Iterable[OverSeeds]) -> Rows:
+    rows = [["metric", "verdict", "B − A", "95% interval", "A", "B"]]
+    for s in seeds:
+        sides = [
+            _percent(mean) + ("" if np.isnan(deviation) else f" ± {_percent(deviation)}")
+            for mean, deviation in zip(s.means, s.deviations, strict=True)
+        ]
+        rows.append([str(s.metric), s.verdict, _percent(s.difference, "+.1f"), _interval(*s.interval), *sides])
+    return rows
 
 
 def _report_classes(report: Report, comparison: Comparison) -> None:
@@ -447,6 +491,13 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
         {"config": str(s.config), "checkpoint": str(s.checkpoint), "from_cache": p.from_cache, "predicted": p.date}
         for s, p in zip(comparison.sides, comparison.predictions, strict=True)
     ]
+    seeds = [
+        {**s.metric._asdict(), "a": s.a, "b": s.b, "mean_a": s.means[0], "mean_b": s.means[1]}
+        | {"std_a": s.deviations[0], "std_b": s.deviations[1], "difference": s.difference}
+        | {"low": s.interval[0], "high": s.interval[1], "verdict": s.verdict}
+        for s in comparison.seeds
+    ]
+    more = [[str(side.checkpoint) for side in of_one] for of_one in comparison.more]
     return {
         "facts": dict(facts),
         "sides": dict(zip(LETTERS, sides, strict=True)),
@@ -459,6 +510,8 @@ def _numbers(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]
             | {"support": d.support, "verdict": d.verdict}
             for d in comparison.differences
         ],
+        "seeds": seeds,
+        "more_checkpoints": dict(zip(LETTERS, more, strict=True)),
         "precision_recall": comparison.curves,
         "errors": comparison.errors,
         "examples": comparison.examples.numbers(),

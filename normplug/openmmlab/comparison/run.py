@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from normplug.bench.facts import processor
 from normplug.openmmlab.comparison.accuracy import Accuracy
 from normplug.openmmlab.comparison.average_precision import AveragePrecision, evaluate
-from normplug.openmmlab.comparison.bootstrap import Difference, compare
+from normplug.openmmlab.comparison.bootstrap import Difference, Metric, compare
 from normplug.openmmlab.comparison.cost import PASSES, Cost, Latency, measure, static_cost
 from normplug.openmmlab.comparison.examples import ClipExamples, ImageExamples
 from normplug.openmmlab.comparison.norms import Filters, Norm, OutputRanges, filters_of, norms_of
 from normplug.openmmlab.comparison.predictions import DATE, EMPTY, Cache, Predictions, fingerprint, predict
+from normplug.openmmlab.comparison.seeds import OverSeeds, over_seeds
 from normplug.openmmlab.comparison.sides import Side, check_comparable, evaluators, metrics_of, names_of, task_of
 
 __all__ = ["Comparison", "compare_checkpoints"]
@@ -49,6 +50,8 @@ class Comparison:
     curves: dict[str, list[dict[str, list[float]]]]  # by "box" or "mask"; of detection only
     errors: dict[str, list[dict[str, int]]]
     examples: ImageExamples | ClipExamples
+    more: list[list[Side]]  # A's and B's further checkpoints
+    seeds: list[OverSeeds]  # empty where there are none
 
     @property
     def names(self) -> list[str]:
@@ -65,6 +68,7 @@ def compare_checkpoints(
     resamples: int = 1000,
     seconds: float = 3.0,
     cache: Cache | None = None,
+    more: Sequence[Sequence[Side]] = ((), ()),
 ) -> Comparison:
     """Evaluate two checkpoints on A's test data with A's test settings, and measure what they cost.
 
@@ -78,9 +82,12 @@ def compare_checkpoints(
         resamples: Of the bootstrap.
         seconds: Time for each batch size and model.
         cache: Where predictions and measurements are kept; by default nowhere.
+        more: Further checkpoints of A's config and of B's, trained with other seeds. Of these only the metrics are
+            computed.
 
     Raises:
-        ValueError: If the two cannot be compared, or a checkpoint does not fit its config.
+        ValueError: If the two cannot be compared, a checkpoint does not fit its config, or one of several is given
+            twice.
     """
     cache = cache or Cache(None)
     remarks = check_comparable(a, b)
@@ -89,14 +96,18 @@ def compare_checkpoints(
         loader = _load(a.cfg)
         models = [side.build() for side in sides]
         keys = [fingerprint(side, a.cfg, loader, device) for side in sides]
-        predictions = []
-        for side, model, key in zip(sides, models, keys, strict=True):
-            with bar(f"{side.letter}: predictions", len(loader.dataset)) as advance:
+        keys_of_more = [[fingerprint(side, a.cfg, loader, device) for side in of_one] for of_one in more]
+        if any(more):
+            _check_seeds([*sides, *more[0], *more[1]], [*keys, *keys_of_more[0], *keys_of_more[1]])
 
-                def compute(model: nn.Module = model, advance: Callable = advance) -> Predictions:
-                    return predict(model.to(device), a.cfg, loader, advance)
+        def predictions_of(title: str, key: dict[str, Any], build: Callable[[], nn.Module]) -> Predictions:
+            with bar(title, len(loader.dataset)) as advance:
+                return cache.predictions(key, lambda: predict(build().to(device), a.cfg, loader, advance))
 
-                predictions.append(cache.predictions(key, compute))
+        predictions = [
+            predictions_of(f"{side.letter}: predictions", key, lambda model=model: model)
+            for side, model, key in zip(sides, models, keys, strict=True)
+        ]
         classes = getattr(loader.dataset, "metainfo", {}).get("classes") or ()
         differences, curves, errors = [], {}, {}
         for ours, theirs in zip(*(_scorers(sides, found, classes) for found in predictions), strict=True):
@@ -107,6 +118,11 @@ def compare_checkpoints(
                     ours, theirs, _samples(predictions[0]), resamples, support=ours.support, advance=advance
                 )
         examples = _examples(a, [found.results for found in predictions], loader.dataset, classes)
+        values = [[{d.metric: getattr(d, x) for d in differences if not d.metric.category}] for x in ("a", "b")]
+        for seeds, of_one, keys_of_one in zip(values, more, keys_of_more, strict=True):
+            for i, (side, key) in enumerate(zip(of_one, keys_of_one, strict=True), 2):
+                found = predictions_of(f"{side.letter}{i}: predictions", key, side.build)
+                seeds.append(_values(_scorers(sides, found, classes), _samples(found)))
         costs, measured = _costs(models, keys, loader, device, batch_sizes, seconds, cache, bar)
     filters = [filters_of(model) for model in models]
     return Comparison(
@@ -124,7 +140,29 @@ def compare_checkpoints(
         curves=curves,
         errors=errors,
         examples=examples,
+        more=[list(of_one) for of_one in more],
+        seeds=over_seeds(*values) if any(more) else [],
     )
+
+
+def _check_seeds(sides: Sequence[Side], keys: Sequence[dict[str, Any]]) -> None:
+    """Refuse, before anything is predicted, a file that is there twice, by its content, and what does not fit."""
+    first: dict[str, Side] = {}
+    for side, key in zip(sides, keys, strict=True):
+        other = first.setdefault(key["checkpoint"], side)
+        if other is not side:
+            raise ValueError(
+                f"{side.checkpoint} of {side.letter} is the same checkpoint as {other.checkpoint} of {other.letter}: "
+                f"give each once, for only trainings that differ show the noise of training."
+            )
+    for side in sides[2:]:  # the first two are built already
+        side.build()
+
+
+def _values(scorers: Sequence[Accuracy | AveragePrecision], samples: int) -> dict[Metric, float]:
+    """Return the metrics over all classes, with each sample counting once."""
+    found = [scorer(np.ones((1, samples), np.int32)) for scorer in scorers]
+    return {metric: value.item() for one in found for metric, value in one.items() if not metric.category}
 
 
 def _load(cfg: Config) -> DataLoader:

@@ -59,11 +59,12 @@ class Side:
         checkpoint = CheckpointLoader.load_checkpoint(str(self.checkpoint), map_location="cpu")
         weights = checkpoint.get("state_dict", checkpoint)
         weights = {key.removeprefix("module."): value for key, value in weights.items()}
-        check_norms(model, weights)
         try:
+            check_norms(model, weights)
             missing, left = model.load_state_dict(weights, strict=False)
-        except RuntimeError as error:  # shapes
-            raise ValueError(f"{self.checkpoint} does not fit {self.config}. {error}") from error
+        except (ValueError, RuntimeError) as error:  # norms, shapes
+            what = " ".join(str(error).split())  # torch's has a line for each weight
+            raise ValueError(f"{self.checkpoint} does not fit {self.config}. {what}") from error
         if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
             raise ValueError(
                 f"{self.checkpoint} lacks {len(missing)} of the weights that {self.config} has, {missing[0]} for "
