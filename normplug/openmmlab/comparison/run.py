@@ -1,5 +1,6 @@
 """The whole comparison: predictions, statistics, cost and norms of two checkpoints."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +99,7 @@ def compare_checkpoints(
         keys = [fingerprint(side, a.cfg, loader, device) for side in sides]
         keys_of_more = [[fingerprint(side, a.cfg, loader, device) for side in of_one] for of_one in more]
         if any(more):
-            _check_seeds([*sides, *more[0], *more[1]], [*keys, *keys_of_more[0], *keys_of_more[1]])
+            _check_seeds([*sides, *more[0], *more[1]], models, [*keys, *keys_of_more[0], *keys_of_more[1]])
 
         def predictions_of(title: str, key: dict[str, Any], build: Callable[[], nn.Module]) -> Predictions:
             with bar(title, len(loader.dataset)) as advance:
@@ -145,18 +146,33 @@ def compare_checkpoints(
     )
 
 
-def _check_seeds(sides: Sequence[Side], keys: Sequence[dict[str, Any]]) -> None:
-    """Refuse, before anything is predicted, a file that is there twice, by its content, and what does not fit."""
-    first: dict[str, Side] = {}
-    for side, key in zip(sides, keys, strict=True):
-        other = first.setdefault(key["checkpoint"], side)
-        if other is not side:
-            raise ValueError(
-                f"{side.checkpoint} of {side.letter} is the same checkpoint as {other.checkpoint} of {other.letter}: "
-                f"give each once, for only trainings that differ show the noise of training."
-            )
-    for side in sides[2:]:  # the first two are built already
-        side.build()
+def _check_seeds(sides: Sequence[Side], models: Sequence[nn.Module], keys: Sequence[dict[str, Any]]) -> None:
+    """Refuse, before anything is predicted, what does not fit its config or is there twice.
+
+    Twice is a file, by its content, and on one side also a model: trained again with the same seed it shows no noise.
+    Equal weights on the two sides are two ways that come to the same.
+
+    Args:
+        sides: All; the further ones behind the first two.
+        models: Those of the first two, on the CPU.
+        keys: Of all.
+    """
+    first: dict[tuple[str, str], Side] = {}
+    for i, (side, key) in enumerate(zip(sides, keys, strict=True)):
+        weights = _digest_of_weights(models[i] if i < len(models) else side.build())
+        for mark in (("", key["checkpoint"]), (side.letter, weights)):
+            if (other := first.setdefault(mark, side)) is not side:
+                raise ValueError(
+                    f"{side.checkpoint} of {side.letter} holds the same weights as {other.checkpoint} of "
+                    f"{other.letter}: give each checkpoint once, from trainings with different seeds."
+                )
+
+
+def _digest_of_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _values(scorers: Sequence[Accuracy | AveragePrecision], samples: int) -> dict[Metric, float]:

@@ -57,7 +57,11 @@ class Side:
         """
         model = MODELS.build(self.cfg.model)
         checkpoint = CheckpointLoader.load_checkpoint(str(self.checkpoint), map_location="cpu")
-        weights = checkpoint.get("state_dict", checkpoint)
+        weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
+        if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
+            raise ValueError(
+                f"{self.checkpoint} holds no weights: expected a dict of tensors by name, or its state_dict."
+            )
         weights = {key.removeprefix("module."): value for key, value in weights.items()}
         try:
             check_norms(model, weights)
