@@ -68,7 +68,7 @@ ALL_NORMS = list(dict.fromkeys(itertools.chain(*NORMS.values())))
 IMPLEMENTATIONS = ("normplug", "stock", "recompute")
 PRECISIONS = ("bf16", "fp32")  # bf16: autocast, float32 parameters
 LAYOUTS = ("contiguous", "channels_last")
-# Of issue 3, for an NVIDIA H200: times the step of the frozen BN with the same head. (norm, time, memory)
+# What we aim at on an NVIDIA H200: times the step of the frozen BN with the same head. (norm, time, memory)
 GOALS = [("GN", 1.05, 1.10), ("GN+WS", 1.10, None), ("EvoNormS0", 1.10, None), ("CBN", 1.45, None)]
 
 

@@ -29,7 +29,7 @@ class Goal:
 
 FUSED = ("group_norm_relu", "group_norm_add_relu")
 BOTH = ("bfloat16", "float32")
-# Of issue 3, for an NVIDIA H200, forward and backward. The peers' rows of the same run are what counts.
+# What we aim at on an NVIDIA H200, forward and backward. The peers' rows of the same run are what counts.
 GOALS = [
     Goal(FUSED, BOTH, "torch eager", 3.0),
     Goal(FUSED, BOTH, "torch.compile", 1.5),
