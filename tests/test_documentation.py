@@ -229,6 +229,7 @@ NOT_RUN = [
     NotRun(r"^mim ", "needs a wheel; tests/test_journeys.py does what OpenMIM does", mim_finds),
     NotRun(r"slurm_train\.sh", "needs Slurm; tests/test_journeys.py has a stand-in for srun", configs_exist),
     NotRun(r"quickstart\.py --norms", "21 trainings; the README's first command trains two", parses),
+    NotRun(r"--more-a", "needs trainings of several seeds; tests/test_compare_seeds.py has them", parses),
     NotRun(r"kernel_facts\.py", "an hour of compiling; tests/test_kernels.py does a part", configs_exist),
     NotRun(r"benchmark_train\.py", "needs a GPU; tests/test_benchmark_train.py has a tiny one", parses),
     NotRun(r"normplug bench", "needs a GPU, or minutes; tests/test_bench.py has a tiny one", has_bench_flags),
@@ -250,7 +251,7 @@ PLACEHOLDERS = [  # in this order
     (r"MASTER_ADDR=10\.1\.1\.1 PORT=\d+", "MASTER_ADDR=127.0.0.1"),
     (r"(?<=NNODES=2 )(.*\.py) 8\b", r"\1 1"),
     (r"(dist_\w+\.sh \S+( \S+\.pth)?) [48]\b", r"\1 2"),
-    (r"(work_dirs/(?!quickstart)\S*epoch_)\d+", r"\g<1>1"),
+    (r"((work_dirs|\$work_dir)/(?!quickstart)\S*epoch_)\d+", r"\g<1>1"),
     (r"(work_dirs/\S*iter_)\d+", r"\g<1>2"),
 ]  # fmt: skip
 STUDY = "--epochs 1 --seeds 1 --gpus 1 --device cpu"
@@ -331,6 +332,8 @@ class Typist:
                 return f"{text} {words}"
         if re.search(r"(dist_)?(train|test)\.(py|sh)", expanded):
             config = re.search(r"configs/\S+\.py", expanded)
+            if config is None:  # that of a work dir, which is small already
+                return text
             return f"{text} {in_shell(smaller(ROOT / config[0], epochs=2 if '--resume' in text else 1))}"
         return text
 
