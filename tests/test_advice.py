@@ -60,6 +60,7 @@ def test_runners_of_every_tool_say_so(tmp_path, warned):
     cfg = Config.fromfile(Path(__file__).parents[1] / "configs/digits/mask-rcnn_r18_fpn_bn_digits.py")
     for key in [key for key in cfg if key.startswith(("train", "val", "test", "optim", "param"))]:
         cfg.pop(key)
+    cfg.visualizer = dict(type="Visualizer", name="says")  # one of a name is kept, with its folder, for all tests
     cfg.norm_cfg = dict(type="GN", num_groups=4)
     cfg.work_dir, cfg.experiment_name = str(tmp_path), "says"
     Runner.from_cfg(cfg)

@@ -539,7 +539,7 @@ def test_other_places_of_a_video_config_are_checked(tmp_path):
 def test_training_on_ones_own_data(name, tmp_path, capsys):
     data = make_images(tmp_path / "d") if "mask" in name else make_videos(tmp_path / "d", "folders")
     argv = [str(ROOT / "configs" / f"{name}.py"), "--data", str(data), "--work-dir", str(tmp_path / "work")]
-    assert train_tool.main([*argv, "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+    assert train_tool.main([*argv, "--cfg-options", "train_cfg.max_epochs=1", f"visualizer.name={tmp_path.name}"]) == 0
     assert "normplug: data of" in capsys.readouterr().err
     assert (tmp_path / "work" / "epoch_1.pth").is_file()
 
