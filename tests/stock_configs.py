@@ -15,6 +15,7 @@ def stock(toolkit, path):
 
 
 def without_weights(cfg):
+    """Drop every path to pre-trained weights: nothing is downloaded."""
     if isinstance(cfg, dict):
         for key in list(cfg):
             if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):

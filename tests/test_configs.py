@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from mmengine.registry import HOOKS, MODELS, DefaultScope
+from stock_configs import without_weights
 from torch import nn
 
 import normplug  # noqa: F401
@@ -46,22 +47,9 @@ def load(file):
     return copy.deepcopy(_load(file))
 
 
-def without_checkpoints(cfg):
-    """Drop every path to pre-trained weights: nothing is downloaded."""
-    if isinstance(cfg, dict):
-        for key in list(cfg):
-            if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
-                cfg[key] = None
-            else:
-                without_checkpoints(cfg[key])
-    elif isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            without_checkpoints(value)
-
-
 def build(cfg):
     model = cfg.model.copy()
-    without_checkpoints(model)
+    without_weights(model)
     (model.get("data_preprocessor") or {}).pop("batch_augments", None)  # they pad to 1024x1024
     if "rcnn" in (model.get("train_cfg") or {}):  # 1024 RoIs take minutes on a CPU
         model.train_cfg.rcnn.sampler.num = 16
@@ -114,7 +102,7 @@ def shrunk(cfg):
 def structure(file):
     """What is left of the model when the experiment around it is taken away: equal texts are equal models."""
     model = plain(load(file).model.to_dict())
-    without_checkpoints(model)
+    without_weights(model)
     backbone = model["backbone"]
     if backbone.get("depth") == 101:
         backbone["depth"] = 50  # the same blocks, and shrunk the same number
