@@ -49,7 +49,7 @@ class Toy(BaseModel):
         return {"loss": getattr(self, self.name)(self.conv(torch.stack(x))).square().mean() + self.conv.weight.sum()}
 
 
-def runner(work_dir, epochs, name, model=None, **kwargs):
+def runner(work_dir, epochs, name, model=None, checkpoint=None, **kwargs):
     images = [{"x": image} for image in torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(1))]
     torch.manual_seed(3)
     return Runner(
@@ -66,7 +66,7 @@ def runner(work_dir, epochs, name, model=None, **kwargs):
             dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=3),
             dict(type="MultiStepLR", milestones=[2, 3]),
         ],
-        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1)),
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, **(checkpoint or {}))),
         **kwargs,
     )
 

@@ -6,14 +6,17 @@ __all__ = ["close_gaps", "register_hooks"]
 def close_gaps() -> None:
     """Make the toolkits' last releases run on today's torch.
 
-    Four repairs: stand-ins for the compiled ``mmcv._ext`` and for mmaction2's missing ``drn``, checkpoints that
-    load with torch's safe unpickler, distributed training without an accelerator. Each acts only where its gap
-    exists and says so once in the log. Called by ``import normplug``; calling it again changes nothing.
+    Repairs: stand-ins for the compiled ``mmcv._ext`` and for mmaction2's missing ``drn``, checkpoints that load with
+    torch's safe unpickler, whose text is never run, and that are whole or not there, distributed training without an
+    accelerator. Called by ``import normplug``; calling it again changes nothing.
     """
-    from normplug.openmmlab import _stand_ins, checkpoints, distributed
+    from normplug.openmmlab import _stand_ins, checkpoints, distributed, inert, resuming, saving
 
     _stand_ins.install()
     checkpoints.install()
+    inert.install()
+    saving.install()
+    resuming.install()
     distributed.install()
 
 

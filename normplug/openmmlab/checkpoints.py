@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
+from normplug.openmmlab.inert import make_inert
 from normplug.openmmlab.pretrained import told_if_missing
 from normplug.openmmlab.replacement import as_loaded
 
@@ -255,7 +256,9 @@ def _guarded(loader, file, source, **kwargs):
             raise ValueError(
                 f"{_where(source)} is not a whole checkpoint ({error}). Is it another kind of file, or cut short?"
             ) from error
-    return _with_arrays(checkpoint, set())
+    checkpoint = _with_arrays(checkpoint, set())
+    make_inert(checkpoint)
+    return checkpoint
 
 
 def _foreign_names(file, error: Exception) -> list[str]:
@@ -506,7 +509,10 @@ def _reads_plain(load_state_dict):
                 for name, value in state_dict["log_scalars"].items()
             }
             state_dict = {**state_dict, "log_scalars": scalars}
+        own_config = self._runtime_info.get("cfg")  # the text of this run's, which the checkpoint's would replace
         load_state_dict(self, state_dict)
+        if own_config is not None:
+            self._runtime_info["cfg"] = own_config
 
     return load_plain_state_dict
 
