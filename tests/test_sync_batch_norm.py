@@ -268,6 +268,28 @@ def too_few_values(rank):
     return {"message": message, "before": before, "after": buffers(layer)["num_batches_tracked"].item()}
 
 
+def unequal_ranks(rank):
+    """Ranks that differ must all hear of it, at once, and none may compute anything."""
+    messages = []
+    for channels, dtype in (
+        (C + (rank == 1), torch.float32),
+        (C, torch.float64 if rank == 2 else torch.float32),
+        (C, torch.float16 if rank == 0 else torch.float32),
+    ):
+        layer = SyncBatchNorm(channels)
+        try:
+            layer(torch.randn(2, channels, 3, dtype=dtype))
+        except ValueError as error:
+            messages.append(str(error))
+    layer = SyncBatchNorm(C)
+    layer(torch.randn(2, C, 3))
+    try:  # only after the first step
+        layer(torch.randn(2, C, 3, dtype=torch.float64 if rank == 2 else torch.bfloat16))
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
 def evaluation_is_local(rank):
     """Ranks evaluate different numbers of batches: a message would wait forever, or meet another call's."""
     layer = SyncBatchNorm(C).eval()
@@ -309,7 +331,7 @@ def work(rank, path):
     two = dist.new_group([0, 1])
     groups = {(0, 1): two if rank < 2 else alone[rank]}
     results = {name: run_scenario(rank, scenario, groups) for name, scenario in SCENARIOS.items()}
-    for more in (too_few_values, evaluation_is_local, distributed_data_parallel):
+    for more in (too_few_values, unequal_ranks, evaluation_is_local, distributed_data_parallel):
         results[more.__name__] = more(rank)
     torch.save(results, f"{path}/{rank}.pt")
     dist.destroy_process_group()
@@ -405,6 +427,19 @@ def test_one_value_over_all_ranks_raises_on_all(ranks):
         assert "single value" in got["message"]
         assert f"({int(rank == 1)}, 6, 1, 1)" in got["message"]
         assert (got["before"], got["after"]) == (0, 1)
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_raise_on_all(ranks):
+    differences = (
+        "rank 1: 7 channels of torch.float32",
+        "rank 2: 6 channels of torch.float64",
+        "rank 0: 6 channels of torch.float16",
+        "rank 1: 6 channels of torch.bfloat16, rank 2: 6 channels of torch.float64",
+    )
+    for result in ranks:
+        for difference, message in zip(differences, result["unequal_ranks"], strict=True):
+            assert difference in message
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from normplug.ops.batch_norm import batch_norm_dx, batch_norm_reduce, batch_norm
 
 __all__ = ["SyncBatchNorm"]
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
     """Batch normalization with statistics over all processes of a group, optionally followed by an activation.
@@ -48,8 +50,8 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         - Output: shape, dtype and memory format of the input.
 
     Raises:
-        ValueError: If the activation is unknown, axis 1 of the input is not C long, or all ranks together have a
-            single value per channel in training.
+        ValueError: If the activation is unknown, axis 1 of the input is not C long, all ranks together have a
+            single value per channel in training, or, on every rank, if they differ in C or in the input's dtype.
 
     Reference:
         C. Peng et al., "MegDet: A Large Mini-Batch Object Detector", CVPR 2018, arXiv 1711.07240. The exchange of
@@ -75,6 +77,7 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, act=act)
         self.process_group = process_group
+        self._agreed: torch.dtype | None = None  # of the input, when the ranks last compared what they have
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         if self.training and self._world_size() > 1:
@@ -88,6 +91,8 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         return dist.get_world_size(self.process_group)
 
     def _synchronized(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if x.dtype != self._agreed and not torch.compiler.is_compiling():
+            self._compare_ranks(x)
         x = dense(x)
         own = values_per_channel(x)
         with torch.no_grad():
@@ -104,6 +109,20 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         return _SynchronizedNormalize.apply(
             x, mean, rstd, share, self.weight, self.bias, act, residual, self.process_group
         )
+
+    def _compare_ranks(self, x: Tensor) -> None:
+        """Raise on every rank if they differ in what makes a message: unequal ones wait for each other or add up."""
+        own = torch.tensor([self.num_features, _DTYPES.index(x.dtype)], device=x.device)
+        gathered = own.new_empty(dist.get_world_size(self.process_group) * len(own))
+        dist.all_gather_into_tensor(gathered, own, group=self.process_group)
+        ranks = gathered.view(-1, len(own)).tolist()
+        if any(rank != ranks[0] for rank in ranks):
+            told = ", ".join(f"rank {i}: {c} channels of {_DTYPES[d]}" for i, (c, d) in enumerate(ranks))
+            raise ValueError(
+                f"SyncBatchNorm joins the batches of all ranks, which must have the same channels and dtype, but got "
+                f"{told}. Build the same model on every rank, and use mixed precision on all of them or on none."
+            )
+        self._agreed = x.dtype
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
