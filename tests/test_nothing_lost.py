@@ -132,6 +132,12 @@ def kill(patch, step):
         patch.setattr(atomic.os, {"write": "fsync", "replace": "replace"}[step], killed)
 
 
+def test_what_a_kill_left_goes(tmp_path):
+    (tmp_path / ".epoch_3.pth.abcdefgh.partial").write_text("half")
+    run(tmp_path, 1)
+    assert names(tmp_path) == ["epoch_1.pth", "last_checkpoint"]
+
+
 def test_outdated_checkpoints_go(tmp_path):
     run(tmp_path, 4, max_keep_ckpts=2)
     assert names(tmp_path) == ["epoch_3.pth", "epoch_4.pth", "last_checkpoint"]

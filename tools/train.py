@@ -15,6 +15,8 @@ from normplug.openmmlab.cli import (
     use_amp,
 )
 from normplug.openmmlab.data_places import LOADERS
+from normplug.openmmlab.resuming import ResumeError
+from normplug.openmmlab.saving import CheckpointNotSavedError, WorkDirInUseError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -62,7 +64,14 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, flag):
             randomness[flag] = True
     cfg.randomness = randomness
-    build_runner(cfg).train()
+    try:
+        build_runner(cfg).train()
+    except (ResumeError, WorkDirInUseError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except CheckpointNotSavedError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

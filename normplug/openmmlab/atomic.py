@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "remove_partial"]
+
+_PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(os.path.realpath(path))
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL, delete=False) as file:
         try:
             yield file
             file.flush()
@@ -45,6 +47,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Remove what killed processes left of files in a folder where nobody writes now."""
+    for file in Path(folder).glob(f".*{_PARTIAL}"):
+        file.unlink(missing_ok=True)
 
 
 def _umask() -> int:

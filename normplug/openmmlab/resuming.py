@@ -12,10 +12,14 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from normplug.openmmlab.checkpoints import load
 
-__all__ = ["install", "newest_whole_checkpoint"]
+__all__ = ["ResumeError", "install", "newest_whole_checkpoint"]
 
 _LAST = "last_checkpoint"  # mmengine's note of the newest one: a path
 _PUBLISHED = re.compile(r"best_.*|.*-[0-9a-f]{8}\.pth")  # without optimizer: no state to go on from
+
+
+class ResumeError(ValueError):
+    """There is something to go on from in a work dir, and none of it can be used."""
 
 
 def newest_whole_checkpoint(work_dir: str | Path, folder: str | Path | None = None) -> tuple[Path | None, list[str]]:
@@ -32,7 +36,7 @@ def newest_whole_checkpoint(work_dir: str | Path, folder: str | Path | None = No
         Its path, or None if there is no checkpoint at all; and what is wrong with each newer one, in a sentence.
 
     Raises:
-        ValueError: If there are checkpoints and none is whole, or ``last_checkpoint`` names one and there is none.
+        ResumeError: If there are checkpoints and none is whole, or ``last_checkpoint`` names one and there is none.
     """
     work_dir = Path(work_dir)
     noted = _noted(work_dir)
@@ -53,12 +57,12 @@ def newest_whole_checkpoint(work_dir: str | Path, folder: str | Path | None = No
             return path, passed_over
         passed_over.append(f"{path} is not whole ({part} in it differs from its checksum)")
     if passed_over:
-        raise ValueError(
+        raise ResumeError(
             f"--resume finds no whole checkpoint: {'; '.join(passed_over)}. To start anew, choose another --work-dir "
             "or delete these files; to go on from a file elsewhere, name it: --resume FILE."
         )
     if (work_dir / _LAST).exists():
-        raise ValueError(
+        raise ResumeError(
             f"--resume finds no checkpoint in {work_dir}, but {work_dir / _LAST} says that there was one: "
             f"{noted or 'it is empty'}. Put the checkpoint back or name it, --resume FILE; to start anew, delete "
             f"{work_dir / _LAST}."
@@ -102,7 +106,7 @@ def _resumes_from_whole(load_or_resume):
             broadcast_object_list(answer)  # every rank goes on from the same file, or none does
             path, passed_over, problem = answer[0]
             if problem:
-                raise ValueError(problem)
+                raise ResumeError(problem)
             for sentence in passed_over:
                 self.logger.log(logging.WARNING, f"{sentence}: passed over")
             if path:
@@ -128,7 +132,7 @@ def _choose(runner) -> tuple[str | None, list[str], str]:
         folder = Path(folder, Path(runner.work_dir).name)  # as the hook makes it
     try:
         path, passed_over = newest_whole_checkpoint(runner.work_dir, folder)
-    except ValueError as error:
+    except ResumeError as error:
         return None, [], str(error)
     return path and str(path), passed_over, ""
 

@@ -18,7 +18,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.registry import HOOKS
 
-from normplug.openmmlab.atomic import atomic_write
+from normplug.openmmlab.atomic import atomic_write, remove_partial
 
 __all__ = ["CheckpointHook", "CheckpointNotSavedError", "WorkDirInUseError", "install"]
 
@@ -92,8 +92,10 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
             info["keep_ckpt_ids"] = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
         super().before_train(runner)
         self._find_best(info)
-        if is_main_process() and runner.iter == 0:
-            self._warn_of_earlier_run(runner)
+        if is_main_process():
+            remove_partial(self.out_dir)  # of an earlier run: this one has the folder for itself
+            if runner.iter == 0:
+                self._warn_of_earlier_run(runner)
 
     def after_train(self, runner) -> None:
         super().after_train(runner)
