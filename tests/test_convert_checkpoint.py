@@ -864,7 +864,7 @@ def test_wrong_files(run, tmp_path):
     run(tmp_path / "none.pkl", cfg, fails="There is no checkpoint")
     for name, content in {"a.pkl": b"<html>not found</html>", "b.pkl": pickle.dumps({"a": np.ones(9)})[:-5]}.items():
         (tmp_path / name).write_bytes(content)
-        run(tmp_path / name, cfg, fails="not a whole pickle")
+        run(tmp_path / name, cfg, fails="no checkpoint but|not a whole pickle")
     run(write_pickle(tmp_path / "c.pkl", {"epoch": 3}), cfg, fails="without tensors")
     run({"encoder.weight": torch.ones(2, 2)}, cfg, fails="no known format: encoder.weight.*caffe2")
     lost = state_of(ResNet(BasicBlock, (2, 2, 2, 2)))

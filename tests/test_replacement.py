@@ -274,7 +274,9 @@ def test_a_checkpoint_of_the_old_network_loads_and_the_own_one_as_it_is(tmp_path
 def test_a_checkpoint_of_the_old_network_is_taken_as_weights_and_not_to_resume_from():
     model, old = build(dict(RESNET, replace_norm=GN)), randomize(build(RESNET))
     hook = CheckpointNormHook()
-    hook.after_load_checkpoint(SimpleNamespace(model=model, _resume=False), dict(state_dict=old.state_dict()))
+    hook.after_load_checkpoint(
+        SimpleNamespace(model=model, _resume=False, _train_loop=None), dict(state_dict=old.state_dict())
+    )
     with pytest.raises(ValueError, match="norms are not the model's"):
         hook.after_load_checkpoint(SimpleNamespace(model=model, _resume=True), dict(state_dict=old.state_dict()))
 

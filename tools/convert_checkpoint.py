@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 
 import normplug
+from normplug.openmmlab.atomic import atomic_write
 from normplug.openmmlab.cli import add_cfg_options, override
 from normplug.openmmlab.formats.conversion import convert
 from normplug.openmmlab.formats.files import read_checkpoint
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         meta = dict(source=args.source.name, format=source.format.name, images=converted.images._asdict())
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state_dict=converted.state_dict, meta=dict(meta, normplug=normplug.__version__)), args.out)
+        with atomic_write(args.out) as file:
+            torch.save(dict(state_dict=converted.state_dict, meta=dict(meta, normplug=normplug.__version__)), file)
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from mmengine.config import Config
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config, require_checkpoint
+from normplug.openmmlab.file_kinds import CheckpointError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -68,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None:
         metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list | tuple) else [cfg.test_evaluator]
         cfg.test_evaluator = [*metrics, dict(type="DumpResults", out_file_path=str(args.out))]
-    build_runner(cfg).test()
+    try:
+        build_runner(cfg).test()
+    except CheckpointError as error:
+        print(f"test.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -15,7 +15,7 @@ from normplug.openmmlab.cli import (
     use_amp,
 )
 from normplug.openmmlab.data_places import LOADERS
-from normplug.openmmlab.resuming import ResumeError
+from normplug.openmmlab.file_kinds import CheckpointError
 from normplug.openmmlab.saving import CheckpointNotSavedError, WorkDirInUseError
 
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg.randomness = randomness
     try:
         build_runner(cfg).train()
-    except (ResumeError, WorkDirInUseError) as error:
+    except (CheckpointError, WorkDirInUseError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except CheckpointNotSavedError as error:

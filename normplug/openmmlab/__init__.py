@@ -10,13 +10,14 @@ def close_gaps() -> None:
     torch's safe unpickler, whose text is never run, and that are whole or not there, distributed training without an
     accelerator. Called by ``import normplug``; calling it again changes nothing.
     """
-    from normplug.openmmlab import _stand_ins, checkpoints, distributed, inert, resuming, saving
+    from normplug.openmmlab import _stand_ins, checkpoints, distributed, inert, resuming, saving, weight_checks
 
     _stand_ins.install()
     checkpoints.install()
     inert.install()
     saving.install()
     resuming.install()
+    weight_checks.install()
     distributed.install()
 
 

@@ -20,22 +20,27 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import numpy as np
+import safetensors.torch
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
+from normplug.openmmlab.file_kinds import CheckpointError, check_kind, is_safetensors
 from normplug.openmmlab.inert import make_inert
-from normplug.openmmlab.pretrained import told_if_missing
+from normplug.openmmlab.pretrained import download
 from normplug.openmmlab.replacement import as_loaded
+from normplug.openmmlab.weight_checks import expect_whole_model, source, weights_of
 
 __all__ = [
     "CheckpointNormHook",
@@ -49,7 +54,7 @@ __all__ = [
 ]
 
 
-class UnsafeCheckpointError(ValueError):
+class UnsafeCheckpointError(CheckpointError):
     """A checkpoint names classes or functions that are not loaded. Nothing in it was executed."""
 
 
@@ -219,6 +224,8 @@ def _allowed_name(entry) -> str:
 def load(file, map_location=None, **kwargs):
     """``torch.load`` for checkpoints of mmengine: safe, and without complaints about mmengine's own classes.
 
+    It reads ``.safetensors`` too, whatever they are called.
+
     Args:
         file: Path or file object.
         map_location: As in ``torch.load``.
@@ -226,39 +233,68 @@ def load(file, map_location=None, **kwargs):
 
     Raises:
         UnsafeCheckpointError: If the file names classes or functions other than those mmengine writes.
-        ValueError: If it is no whole checkpoint.
+        CheckpointError: If it is no whole checkpoint.
     """
-    return _guarded(torch.load, file, file, map_location=map_location, **kwargs)
+    if isinstance(file, str | Path):
+        check_kind(file)
+        if is_safetensors(file):
+            return _guarded(_load_safetensors, file, map_location=map_location)
+    return _guarded(torch.load, file, map_location=map_location, **kwargs)
 
 
-def load_url(url: str, model_dir=None, map_location=None, progress=True, **kwargs):
+def load_checkpoint(file, map_location=None):
+    """`load` for files that must hold weights.
+
+    Raises:
+        CheckpointError: If it is no whole checkpoint, or holds no weights.
+    """
+    checkpoint = load(file, map_location)
+    weights_of(checkpoint, _where(file))
+    return checkpoint
+
+
+def _load_safetensors(file, map_location=None, weights_only=True) -> dict[str, Tensor]:
+    device = map_location if isinstance(map_location, str | torch.device) else "cpu"
+    return safetensors.torch.load_file(file, device=str(device))
+
+
+def load_url(url: str, model_dir: str | None = None, map_location=None, progress: bool = True):
     """``torch.hub.load_state_dict_from_url`` in the same way; torch's own default there is the unsafe one.
 
     Raises:
         MissingWeightsError: If the file is not in the cache and cannot be downloaded.
+        CheckpointError: If what is there is no whole checkpoint.
     """
-    download = torch.hub.load_state_dict_from_url
-    with told_if_missing(url, model_dir):
-        return _guarded(
-            download, None, url, model_dir=model_dir, map_location=map_location, progress=progress, **kwargs
-        )
+    file = Path(model_dir or Path(torch.hub.get_dir(), "checkpoints"), Path(urlparse(url).path).name)
+    download(url, file, progress)
+    try:
+        return load_checkpoint(file, map_location)
+    except CheckpointError as error:
+        raise type(error)(f"{error} It is what came from {url}: delete the file before you try again.") from error
 
 
-def _guarded(loader, file, source, **kwargs):
+def _guarded(loader, file, **kwargs):
+    where = str(_where(file))
+    source.set(where)
     with _stock_names():
         try:
-            checkpoint = loader(source, **{**kwargs, "weights_only": True})
+            checkpoint = _with_arrays(loader(file, **{**kwargs, "weights_only": True}), set())
         except pickle.UnpicklingError as error:
-            raise UnsafeCheckpointError(_refusal(source, _foreign_names(file, error), error)) from error
-        except (EOFError, LookupError, RuntimeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise UnsafeCheckpointError(_refusal(where, _foreign_names(file, error), error)) from error
+        except OSError:
+            raise
+        except Exception as error:  # what is wrong with a file ends in whatever the broken part runs into
+            if isinstance(error, RuntimeError) and "deserialize object on" in str(error):
                 raise  # a file that is whole, and no device for its tensors
-            raise ValueError(
-                f"{_where(source)} is not a whole checkpoint ({error}). Is it another kind of file, or cut short?"
+            raise CheckpointError(
+                f"{where} is not a whole checkpoint ({_first_line(error)}). Is it another kind of file, or cut short?"
             ) from error
-    checkpoint = _with_arrays(checkpoint, set())
     make_inert(checkpoint)
     return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _foreign_names(file, error: Exception) -> list[str]:
@@ -300,10 +336,10 @@ def _where(source):
     return getattr(source, "name", type(source).__name__) if hasattr(source, "read") else source
 
 
-def _refusal(source, foreign: list[str], error: Exception) -> str:
+def _refusal(where: str, foreign: list[str], error: Exception) -> str:
     reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     return (
-        f"The checkpoint {_where(source)} was refused, and nothing in it was executed: it contains "
+        f"The checkpoint {where} was refused, and nothing in it was executed: it contains "
         f"{', '.join(foreign) or reason}. Expected: tensors, plain Python values, and mmengine's HistoryBuffer and "
         "numpy arrays of numbers. Other files can run any program when they are unpickled. Get one that holds only "
         "weights, torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it "
@@ -350,7 +386,7 @@ def load_pickle(file: str | Path):
 class _TorchWithSafeLoad:
     """The module ``torch`` as mmengine's checkpoint module sees it: the same, but for ``load``."""
 
-    load = staticmethod(load)
+    load = staticmethod(load_checkpoint)
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -380,18 +416,20 @@ def check_norms(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         state_dict: The weights, with the model's own key names.
 
     Raises:
-        ValueError: If any norm layer is of another kind, or lacks the variance to its mean.
+        CheckpointError: If any norm layer is of another kind, or lacks the variance to its mean.
     """
     ours, theirs = _norms(model.state_dict()), _norms(state_dict)
     for name, (statistics, _) in theirs.items():
         if statistics not in _KINDS:
-            raise ValueError(f"The checkpoint has {name}.running_mean and no {name}.running_var. Is the file whole?")
+            raise CheckpointError(
+                f"The checkpoint has {name}.running_mean and no {name}.running_var. Is the file whole?"
+            )
     differences = norm_differences(model, state_dict)
     if not differences:
         return
     name, other = differences[0]
     expected, given = (_KINDS[kind] for kind in (ours[name][0], theirs[other][0]))
-    raise ValueError(
+    raise CheckpointError(
         f"The checkpoint's norms are not the model's: {len(differences)} of the model's {len(ours)} norm layers "
         f"differ. The first: the model has {type(model.get_submodule(name)).__name__} {name!r} with {expected[0]}; "
         f"the checkpoint has {other!r} with {given[0]}. Expected: a checkpoint trained with this norm_cfg. "
@@ -447,9 +485,42 @@ def _kinds_in_names() -> frozenset[str]:
     return frozenset({"bn", "gn", "ln", "in", "norm_layer"} | ours)
 
 
+def _check_state(checkpoint: dict, with_schedulers: bool) -> None:
+    """Check that a checkpoint has what a run needs to go on.
+
+    Raises:
+        CheckpointError: If anything is missing or of another kind: mmengine would pass over it, or end in its depths.
+    """
+    wrong = []
+    meta = checkpoint.get("meta")
+    for name in ("epoch", "iter"):
+        value = meta.get(name) if isinstance(meta, dict) else None
+        if type(value) is not int or value < 0:
+            wrong.append(f"meta[{name!r}] is {value!r}" if value is not None else f"it has no meta[{name!r}]")
+    seed = meta.get("seed") if isinstance(meta, dict) else None
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**32):
+        wrong.append(f"meta['seed'] is {seed!r}")
+    hub = checkpoint.get("message_hub")
+    parts = ("log_scalars", "runtime_info", "resumed_keys")
+    if not (isinstance(hub, dict) and all(isinstance(hub.get(part), dict) for part in parts)):
+        wrong.append("it has no message_hub of mmengine")
+    if not (isinstance(checkpoint.get("optimizer"), dict) and checkpoint["optimizer"]):
+        wrong.append("it has no state of the optimizer")
+    if with_schedulers and not (isinstance(checkpoint.get("param_schedulers"), list | dict)):
+        wrong.append("it has no param_schedulers")
+    if wrong:
+        raise CheckpointError(
+            f"{source.get()} is nothing to go on from: {', '.join(wrong)}. Expected: a checkpoint that the same run "
+            "saved (not best_*.pth, which has weights only). To start anew from its weights, leave out --resume and "
+            "write --cfg-options load_from=FILE."
+        )
+
+
 @HOOKS.register_module()
 class CheckpointNormHook(Hook):
-    """Calls `check_norms` on every checkpoint that the Runner loads or resumes from, before it is used.
+    """Checks every checkpoint that the Runner loads or resumes from, before it is used.
+
+    Its norms must be the model's (`check_norms`); to resume and to evaluate, it must have all weights of the model.
 
     Switch on with ``custom_hooks = [dict(type="CheckpointNormHook")]``.
     """
@@ -458,10 +529,15 @@ class CheckpointNormHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        weights = checkpoint.get("state_dict", checkpoint)
+        weights = weights_of(checkpoint)
         weights = {re.sub(r"^module\.", "", key): value for key, value in weights.items()}
         # Of a run that goes on, the optimizer's state would not fit norms that were replaced since.
         check_norms(model, weights if runner._resume else as_loaded(model, weights))
+        if runner._resume:
+            _check_state(checkpoint, runner.param_schedulers is not None)
+            expect_whole_model("Go on with the config that the run began with, or start from its weights: load_from.")
+        elif not isinstance(runner._train_loop, BaseLoop):  # not built: nothing will be learned
+            expect_whole_model("It would be evaluated with random numbers there: give the config of this checkpoint.")
 
 
 # ---- saving and resuming the message hub

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from normplug.openmmlab.checkpoints import CheckpointNormHook
 from normplug.openmmlab.data_check import check_data
+from normplug.openmmlab.file_kinds import check_kind
 from normplug.openmmlab.own_data import use_data
 from normplug.openmmlab.pretrained import fetch_weights
 from normplug.openmmlab.random_state import RandomStateHook
@@ -94,13 +95,14 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def require_checkpoint(name: str | Path) -> None:
-    """Check that a checkpoint on this machine is there; of an address (``https://``) nothing is known yet.
+    """Check that a checkpoint on this machine is there and one by its kind; of an address nothing is known yet.
 
     Raises:
         FileNotFoundError: If it is not.
+        CheckpointError: If the file is of another kind.
     """
-    if "://" not in str(name) and not Path(name).is_file():
-        raise FileNotFoundError(f"There is no checkpoint {name}.")
+    if "://" not in str(name):
+        check_kind(name)
 
 
 def load_config(args: argparse.Namespace) -> Config:

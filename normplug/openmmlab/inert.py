@@ -13,13 +13,14 @@ from typing import Any
 from mmengine.config import Config
 
 from normplug.openmmlab._stand_ins import tell
+from normplug.openmmlab.file_kinds import CheckpointError
 
 __all__ = ["TextFromCheckpointError", "install", "make_inert"]
 
 _seen: set[int] = set()  # hashes of every text that a checkpoint brought into this process
 
 
-class TextFromCheckpointError(ValueError):
+class TextFromCheckpointError(CheckpointError):
     """A config was to be read from text that a checkpoint holds. Nothing of it was executed."""
 
 

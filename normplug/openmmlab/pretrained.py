@@ -17,7 +17,14 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-__all__ = ["MissingWeightsError", "Weights", "checkpoints_in", "fetch_weights", "find_weights", "told_if_missing"]
+__all__ = [
+    "MissingWeightsError",
+    "Weights",
+    "checkpoints_in",
+    "download",
+    "fetch_weights",
+    "find_weights",
+]
 
 PATIENCE = 30.0  # seconds without a byte, after which a download is given up
 # Seconds for the first answer. No timeout reaches into the look-up of a server's name, which without a network may take
@@ -106,29 +113,37 @@ def fetch_weights(cfg: Config) -> None:
                 f"The weights {checkpoint} are not there (seen from {os.getcwd()}). Give an absolute path, or make the "
                 f"file: the config's header, docs/weights.md and docs/checkpoints.md say how."
             )
-        weights.file.parent.mkdir(parents=True, exist_ok=True)
-        with told_if_missing(weights.address):
-            torch.hub.download_url_to_file(weights.address, str(weights.file))
+        download(weights.address, weights.file)
+
+
+def download(address: str, file: Path, progress: bool = True) -> None:
+    """Bring a file to its place, if it is not there.
+
+    Raises:
+        MissingWeightsError: If it cannot be downloaded.
+    """
+    if file.is_file():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _told_if_missing(address, file):
+        torch.hub.download_url_to_file(address, str(file), progress=progress)
 
 
 @contextlib.contextmanager
-def told_if_missing(address: str, folder: str | None = None) -> Iterator[None]:
+def _told_if_missing(address: str, file: Path) -> Iterator[None]:
     """Make one sentence of what happens to a download without a network, and end it if nothing comes.
 
     Args:
         address: What is downloaded.
-        folder: Where to; default: torch's cache.
+        file: Where to.
 
     Raises:
         MissingWeightsError: If the download fails.
     """
-    name = Path(urlparse(address).path).name
-    file = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), name)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE if before is None else before)
     try:
-        if not file.is_file():
-            _knock(address)
+        _knock(address)
         yield
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
         if getattr(error, "errno", None) is not None and getattr(error, "filename", None) is not None:

@@ -7,6 +7,10 @@ import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch import Tensor
+
+from normplug.openmmlab.file_kinds import CheckpointError
+from normplug.openmmlab.weight_checks import source
 
 __all__ = ["RandomStateHook"]
 
@@ -43,6 +47,11 @@ class RandomStateHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner._resume:
             self.states = checkpoint.get(self.KEY, [])
+            if not isinstance(self.states, list) or not all(_is_state(state) for state in self.states):
+                raise CheckpointError(
+                    f"{source.get()} has {self.KEY!r} that are no states of random generators. Expected: what this "
+                    "hook saved. Without that entry the run goes on with other random numbers."
+                )
 
 
 def _current_state() -> dict:
@@ -57,6 +66,15 @@ def _current_state() -> dict:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()  # of this rank's device
     return state
+
+
+def _is_state(state) -> bool:
+    return (
+        isinstance(state, dict)
+        and isinstance(state.get("torch"), Tensor)
+        and state["torch"].dtype == torch.uint8
+        and all(isinstance(state.get(name), list) for name in ("numpy", "python"))
+    )
 
 
 def _restore(state: dict) -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import FlexibleRunner, Runner
+from torch import Tensor
 
 from normplug.openmmlab.checkpoints import load
+from normplug.openmmlab.file_kinds import CheckpointError
+from normplug.openmmlab.weight_checks import is_finite
 
 __all__ = ["ResumeError", "install", "newest_whole_checkpoint"]
 
@@ -18,7 +22,7 @@ _LAST = "last_checkpoint"  # mmengine's note of the newest one: a path
 _PUBLISHED = re.compile(r"best_.*|.*-[0-9a-f]{8}\.pth")  # without optimizer: no state to go on from
 
 
-class ResumeError(ValueError):
+class ResumeError(CheckpointError):
     """There is something to go on from in a work dir, and none of it can be used."""
 
 
@@ -126,6 +130,43 @@ def _is_remote(runner) -> bool:
     return note.is_file() and "://" in note.read_text(errors="replace")
 
 
+def _tells_why(resume):
+    @functools.wraps(resume)
+    def resume_or_tell(self, filename, *args, **kwargs) -> None:
+        try:
+            resume(self, filename, *args, **kwargs)
+            _check_optimizer(self.optim_wrapper)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # all that is done there is to take over what the file has
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ResumeError(
+                f"{filename} is nothing to go on from ({reason}). Expected: a checkpoint that the same run saved, with "
+                "the same config. To start anew from its weights, leave out --resume and write --cfg-options "
+                f"load_from={filename}."
+            ) from error
+
+    return resume_or_tell
+
+
+# What optimizers remember of each value of a parameter
+_OF_ITS_SHAPE = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "grad_avg"}
+
+
+def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict) -> None:
+    """Raise ValueError if what an optimizer remembers is of another model, or not finite: torch looks at neither."""
+    for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+        for parameter, state in one.optimizer.state.items():
+            for name, value in state.items():
+                if name in _OF_ITS_SHAPE and isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the optimizer's {name} of a parameter of shape {tuple(parameter.shape)} has shape "
+                        f"{tuple(value.shape)}"
+                    )
+                if isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value):
+                    raise ValueError(f"the optimizer's {name} is not finite")
+
+
 def _choose(runner) -> tuple[str | None, list[str], str]:
     folder = next((hook.out_dir for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
     if folder and folder != runner.work_dir:
@@ -142,3 +183,4 @@ def install() -> None:
     for kind in (Runner, FlexibleRunner):
         if not hasattr(kind.load_or_resume, "__wrapped__"):
             kind.load_or_resume = _resumes_from_whole(kind.load_or_resume)
+            kind.resume = _tells_why(kind.resume)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from normplug.openmmlab.checkpoints import load, load_pickle
+from normplug.openmmlab.file_kinds import check_kind, is_safetensors
+from normplug.openmmlab.weight_checks import check_weights
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
@@ -41,11 +43,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: If there is no such file.
         UnsafeCheckpointError: If the file names classes or functions beyond tensors and arrays.
-        ValueError: If it is none of these kinds, or holds no tensors.
+        CheckpointError: If it is none of these kinds, or holds weights that are no numbers to compute with.
+        ValueError: If it holds no tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
     data = _load(path)
     facts: dict[str, Any] = {}
     while isinstance(data, dict) and (name := next((n for n in _INSIDE if isinstance(data.get(n), dict)), None)):
@@ -58,28 +59,21 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} holds {type(data).__name__} without tensors. Expected: weights by name, the dict itself or under "
             f"one of {', '.join(_INSIDE)}."
         )
+    check_weights(weights, path)
     return Checkpoint(weights, {key: value for key, value in entries.items() if key not in weights}, facts)
 
 
 def _load(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = file.read(64)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no whole .safetensors file: {error}.") from error
-    if zipfile.is_zipfile(path):
+    if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             arrays = any(name.endswith(".npy") for name in archive.namelist())
         if arrays:
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
-        return load(path, map_location="cpu")
-    return load(path, map_location="cpu") if _TORCH_MAGIC in head else load_pickle(path)
+    check_kind(path)
+    with path.open("rb") as file:
+        is_pickle = file.read(1) != b"P" and _TORCH_MAGIC not in file.read(64)
+    return load_pickle(path) if is_pickle and not is_safetensors(path) else load(path, map_location="cpu")
 
 
 def _tensor(value: Any) -> Any:
