@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.ops._common import acc_dtype, check_act
+from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.ops._common import acc_dtype
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize
 
 __all__ = ["ConversionGuard", "LocalBatchNorm", "normalize_by_running", "update_running", "values_per_channel"]
@@ -88,6 +88,7 @@ class LocalBatchNorm(ConversionGuard):
     op = "batch_norm"
     batch_statistics = True
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -101,7 +102,6 @@ class LocalBatchNorm(ConversionGuard):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
-        check_act(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # not handed up: older torch does not know the argument
             self.register_parameter("bias", None)

@@ -14,8 +14,7 @@ from normplug.layers._batch_statistics import (
     update_running,
     values_per_channel,
 )
-from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.ops._common import check_act
+from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -155,6 +154,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     op = "batch_norm"
     batch_statistics = True
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -173,12 +173,6 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         device=None,
         dtype=None,
     ) -> None:
-        check_act(act)
-        for name, value in (("buffer_num", buffer_num), ("burnin", burnin)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"CBN counts {name} in iterations: give an integer of 0 or more, not {value!r}.")
-        if not 0 <= rho <= 1:
-            raise ValueError(f"CBN takes rho from 0 (no correction) to 1 (the paper), but got {rho!r}.")
         for name, value, known in (("eps_mode", eps_mode, EPS_MODES), ("rule", rule, RULES)):
             if value not in known:
                 raise ValueError(f"CBN knows {name} {known[0]!r} and {known[1]!r}, but got {value!r}.")

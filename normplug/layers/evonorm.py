@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normplug.layers._checks import check_channels, check_has_statistics
+from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._contained_activation import ContainedActivation
 from normplug.ops.evonorm_b0 import evonorm_b0
 from normplug.ops.evonorm_s0 import evonorm_s0
@@ -63,6 +63,7 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
     contains_activation = True
     batch_statistics = False
 
+    @checked
     def __init__(
         self,
         num_channels: int,
@@ -141,6 +142,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
     contains_activation = True
     batch_statistics = True
 
+    @checked
     def __init__(
         self,
         num_channels: int,
@@ -153,11 +155,6 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         device=None,
         dtype=None,
     ) -> None:
-        if momentum is None:
-            raise ValueError(
-                "EvoNormB0 got momentum=None, but keeps no count of batches for a cumulative average. Give a number, "
-                "for example momentum=0.1."
-            )
         super().__init__(num_channels, num_channels, eps, affine, device=device, dtype=dtype)
         self.momentum, self.running_unbiased = momentum, running_unbiased
         self.register_buffer("running_var", torch.ones(num_channels, device=device, dtype=dtype))
@@ -216,7 +213,7 @@ def _choose_groups(num_channels: int, num_groups: int | None, channels_per_group
             f"channels_per_group={channels_per_group}. Leave one out; without both, num_groups is 32."
         )
     if channels_per_group is not None:
-        if channels_per_group < 1 or num_channels % channels_per_group:
+        if num_channels % channels_per_group:
             divisors = [d for d in range(1, num_channels + 1) if num_channels % d == 0]
             raise ValueError(
                 f"EvoNormS0 with {num_channels} channels cannot have channels_per_group={channels_per_group}: it "
@@ -224,8 +221,4 @@ def _choose_groups(num_channels: int, num_groups: int | None, channels_per_group
             )
         return num_channels // channels_per_group
     wish = 32 if num_groups is None else num_groups
-    if wish < 1:
-        raise ValueError(
-            f"EvoNormS0 needs at least one group, but got num_groups={num_groups}. Give a positive number."
-        )
     return next(g for g in range(min(wish, num_channels), 0, -1) if num_channels % g == 0)

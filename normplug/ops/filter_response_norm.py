@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, dense, use_kernel
+from normplug.ops._common import acc_dtype, check_parameters, dense, use_kernel
 
 __all__ = ["filter_response_norm"]
 
@@ -29,14 +29,14 @@ def filter_response_norm(
         for a float64 x).
 
     Raises:
-        ValueError: If x has no channel axis.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If x has no channel axis or a parameter is not (C,).
 
     Reference:
         S. Singh, S. Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of
         Deep Neural Networks", CVPR 2020, eq. 1 to 3.
     """
-    if x.ndim < 2:
-        raise ValueError(f"filter_response_norm expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
+    check_parameters("filter_response_norm", x, weight=weight, bias=bias, tau=tau)
     x = dense(x)
     if tau is None:
         tau = weight.new_full(weight.shape, float("-inf"))
