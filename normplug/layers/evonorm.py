@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normplug.layers._batch_statistics import update_running
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._contained_activation import ContainedActivation
 from normplug.ops.evonorm_b0 import evonorm_b0
@@ -118,6 +119,8 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         running_unbiased: Average the unbiased variance, as torch's BatchNorm does, not the population variance.
         affine: Learn weight and bias per channel.
         apply_act: Normalize and activate; otherwise scale and shift only.
+        skip_nonfinite: Leave the running variance as it is where a batch would make a value of it NaN or infinite,
+            which nothing could undo. The output is that of the batch all the same.
 
     Shape:
         - Input: (N, C, *), up to three spatial axes; N = 0 is fine and leaves running_var alone.
@@ -151,12 +154,13 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         running_unbiased: bool = False,
         affine: bool = True,
         apply_act: bool = True,
+        skip_nonfinite: bool = False,
         *,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__(num_channels, num_channels, eps, affine, device=device, dtype=dtype)
-        self.momentum, self.running_unbiased = momentum, running_unbiased
+        self.momentum, self.running_unbiased, self.skip_nonfinite = momentum, running_unbiased, skip_nonfinite
         self.register_buffer("running_var", torch.ones(num_channels, device=device, dtype=dtype))
         self._set_up(apply_act, device, dtype)
 
@@ -186,7 +190,8 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         if count > 0:
             if self.running_unbiased:
                 var = var * (count / (count - 1))
-            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+            with torch.no_grad():
+                update_running(self, None, var)
         return y
 
     def _apply(self, fn, recurse: bool = True):
@@ -202,6 +207,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         return (
             f"{self.num_channels}, eps={self.eps}, momentum={self.momentum}, "
             f"running_unbiased={self.running_unbiased}, affine={self.affine}, apply_act={self.apply_act}"
+            + (", skip_nonfinite=True" if self.skip_nonfinite else "")
         )
 
 
