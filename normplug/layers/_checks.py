@@ -53,8 +53,8 @@ def _setting(layer: str, parameter: inspect.Parameter, value: Any) -> Any:
     elif (value is None and NoneType in kinds) or (isinstance(value, str) and str in kinds):
         pass  # words have their own checks
     elif bool in kinds:
-        # numpy's bool is no number
-        if isinstance(value, numbers.Integral) or type(value).__name__ == "bool_":
+        # numpy's bool, of one name or the other, is no number
+        if isinstance(value, numbers.Integral) or type(value).__name__ in ("bool", "bool_"):
             value = bool(value) if value in (0, 1) else value
         expected = None if isinstance(value, bool) else "True or False"
     elif int in kinds:

@@ -202,7 +202,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
 
     def _train(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         with_graph = torch.is_grad_enabled()
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no device "meta"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             if recomputing() and self._iteration.calls:  # activation checkpointing runs this forward again
                 again, statistics = True, self._statistics_of_first_pass(x)
             else:

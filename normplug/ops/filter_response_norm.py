@@ -50,7 +50,7 @@ def _with_learned_eps(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps:
     x3 = planes(x).to(acc_dtype(x))
     weight, bias, tau, eps = (t.to(x3.dtype).unsqueeze(1) for t in (weight, bias, tau, eps))
     mean = x3.square().sum(2, keepdim=True) / max(1, x3.shape[2])
-    z = x3 * (mean + eps).rsqrt() * weight + bias
+    z = x3 / (mean + eps).sqrt() * weight + bias  # not rsqrt: its cube, in the gradient, is 0 for large x
     return torch.where(z < tau, tau, z).to(x.dtype).view(x.shape)
 
 
