@@ -106,7 +106,10 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of statistics and sums over x: float32, or float64 for a float64 x."""
+    """Return the dtype of statistics and sums over x: float32, or float64 for a float64 x.
+
+    Where squares of x, or their sum, pass its largest number, a norm returns 0 or NaN, as torch's own do.
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
