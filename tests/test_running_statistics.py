@@ -93,6 +93,14 @@ def test_and_so_it_does_in_a_compiled_model(layer, kwargs, use_reentrant, what):
     torch.testing.assert_close(steps(compiled(again, what)), steps(compiled(net, what)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_layer_has_no_op_that_only_checkpointing_needs(strict):
+    x = torch.randn(4, C, 5, 5, device=DEVICE)
+    layer = layers.BatchNormAct(C).to(DEVICE)
+    graph = torch.export.export(layer, (x,), strict=strict).graph
+    assert not [node for node in graph.nodes if "normplug" in str(node.target)]
+
+
 def test_a_nested_checkpoint_moves_them_once():
     net = nn.Sequential(nn.Conv2d(4, C, 3), layers.BatchNormAct(C), nn.Conv2d(C, C, 3), layers.SyncBatchNorm(C))
     again = copy.deepcopy(net)

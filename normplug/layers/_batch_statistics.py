@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 Running = tuple[Tensor | None, ...]  # running mean, running variance, number of batches
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -46,6 +47,13 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.bool)
 
 
+def _may_be_repeated() -> bool:
+    """Tell whether this forward pass is, or a graph that is being made of it may be, one that has counted before."""
+    if torch.compiler.is_compiling():
+        return not _is_exporting()  # what is exported is for others to run, who have no op of ours
+    return recomputing()
+
+
 def running_to_move(layer: nn.Module) -> Running:
     """Return mean, variance and count for a batch to move, and to be handed to ``keep_running`` then.
 
@@ -53,20 +61,18 @@ def running_to_move(layer: nn.Module) -> Running:
     checkpointing may be running a forward pass again that has counted, or ``skip_nonfinite`` wants to see the result.
     """
     own = _running(layer)
-    if layer.skip_nonfinite or torch.compiler.is_compiling() or recomputing():
+    if layer.skip_nonfinite or _may_be_repeated():
         return tuple(None if buffer is None else buffer.clone() for buffer in own)
     return own
 
 
 def keep_running(layer: nn.Module, moved: Running) -> None:
     """Write what a batch made of copies into the layer, if the batch counts; all without asking the device."""
-    pairs = [(own, new) for own, new in zip(_running(layer), moved, strict=True) if own is not None]
-    if torch.compiler.is_compiling():
-        passed_over = _recomputing(pairs[0][0])
-    elif recomputing() or not layer.skip_nonfinite:
+    repeated = _may_be_repeated()
+    if (repeated and not torch.compiler.is_compiling()) or not (repeated or layer.skip_nonfinite):
         return
-    else:
-        passed_over = False
+    pairs = [(own, new) for own, new in zip(_running(layer), moved, strict=True) if own is not None]
+    passed_over = _recomputing(pairs[0][0]) if repeated else False
     if layer.skip_nonfinite:
         # A channel that was spoilt before, by a checkpoint say, does not stop the others.
         spoilt = torch.stack([(own.isfinite() & ~new.isfinite()).any() for own, new in pairs]).any()

@@ -50,6 +50,11 @@ def _kind_and_remedy(x: Any) -> tuple[str, str]:
         return f"a {type(x).__name__} of {len(x)} elements", "Call it once for each tensor, or join them by torch.cat."
     if x is None:
         return "None", "What computes it returned nothing: look for a missing return, or leave the call out."
+    if type(x).__name__ == "Proxy":
+        return (
+            "a Proxy of torch.fx",
+            "Let the tracer take the call as a whole: Tracer.is_leaf_module, or torch.fx.wrap.",
+        )
     if not isinstance(x, Tensor):
         return f"{type(x).__name__}", "Make a tensor of it first: torch.as_tensor(x, dtype=torch.float32)."
     if x.is_nested:
