@@ -36,14 +36,18 @@ def recomputing() -> bool:
     return current is not None and current() >= 0
 
 
-@torch.library.custom_op("normplug::recomputing", mutates_args=())
+# Not by custom_op: what that adds to a call is several times what this one does.
+torch.library.define("normplug::recomputing", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("normplug::recomputing", "CompositeExplicitAutograd")
 def _recomputing(x: Tensor) -> Tensor:
     """Return ``recomputing()`` on the device of x: for a compiled graph, which asks whenever it runs."""
     return torch.full((), recomputing(), device=x.device)
 
 
-@_recomputing.register_fake
-def _(x: Tensor) -> Tensor:
+@torch.library.register_fake("normplug::recomputing")
+def _recomputing_fake(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.bool)
 
 
@@ -72,7 +76,7 @@ def keep_running(layer: nn.Module, moved: Running) -> None:
     if (repeated and not torch.compiler.is_compiling()) or not (repeated or layer.skip_nonfinite):
         return
     pairs = [(own, new) for own, new in zip(_running(layer), moved, strict=True) if own is not None]
-    passed_over = _recomputing(pairs[0][0]) if repeated else False
+    passed_over = torch.ops.normplug.recomputing(pairs[0][0]) if repeated else False
     if layer.skip_nonfinite:
         # A channel that was spoilt before, by a checkpoint say, does not stop the others.
         spoilt = torch.stack([(own.isfinite() & ~new.isfinite()).any() for own, new in pairs]).any()

@@ -190,8 +190,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         if count > 0:
             if self.running_unbiased:
                 var = var * (count / (count - 1))
-            with torch.no_grad():
-                update_running(self, None, var)
+            update_running(self, None, var)
         return y
 
     def _apply(self, fn, recurse: bool = True):

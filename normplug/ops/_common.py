@@ -90,13 +90,13 @@ def check_parameters(name: str, x: Tensor, **parameters: Tensor | None) -> None:
         )
     channels = (x.shape[1],)
     for parameter, value in parameters.items():
-        if value is not None:
-            check_tensor(name, value, parameter)
-            if value.shape != channels:
-                raise ValueError(
-                    f"{name} takes one value of {parameter} per channel, but got {tuple(value.shape)} for an input of "
-                    f"shape {tuple(x.shape)}. Give a tensor of shape ({x.shape[1]},); channels sit on axis 1."
-                )
+        if value is None or (isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels):
+            continue
+        check_tensor(name, value, parameter)
+        raise ValueError(
+            f"{name} takes one value of {parameter} per channel, but got {tuple(value.shape)} for an input of "
+            f"shape {tuple(x.shape)}. Give a tensor of shape ({x.shape[1]},); channels sit on axis 1."
+        )
 
 
 def check_groups(name: str, x: Tensor, num_groups: int) -> None:
