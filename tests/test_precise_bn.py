@@ -55,6 +55,28 @@ def inputs_of(model, name, data):
     return torch.cat([x.transpose(0, 1).flatten(1) for x in seen], 1)
 
 
+def test_poisoned_statistics_are_healed():
+    model, data = Net().train(), batches()
+    model(data[0] / 0)
+    model.frozen.reset_running_stats()
+    assert not model.sync.running_var.isfinite().all()
+    assert not model.eval()(data[0]).isfinite().all()
+    assert estimate_statistics(model, data) == 4
+    assert model.eval()(data[0]).isfinite().all()
+
+
+def test_a_batch_that_is_not_finite_is_left_out_where_the_layer_says_so():
+    data = batches()
+    for skip, want in ((False, 0), (True, 1)):
+        layer = normplug.layers.SyncBatchNorm(3, skip_nonfinite=skip)
+        before = layer.running_var.clone()
+        assert estimate_statistics(layer, [*data, data[0] / 0]) == want
+        assert layer.running_var.equal(before) == (not skip)
+    alone = normplug.layers.SyncBatchNorm(3)
+    estimate_statistics(alone, data)
+    torch.testing.assert_close(layer.state_dict(), alone.state_dict())
+
+
 def test_statistics_are_those_of_all_values_together():
     model, data = Net().train(), batches()
     model.drop.p = 0.0

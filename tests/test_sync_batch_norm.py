@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cases import DEVICE
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from normplug.layers import BatchNormAct, SyncBatchNorm
 
@@ -309,6 +310,38 @@ def distributed_data_parallel(rank):
     return {name: p.grad for name, p in net.named_parameters()} | buffers(net)
 
 
+def one_rank_is_not_finite(rank):
+    """Buffers after a batch, after one with a NaN on rank 1 only, and after the first again."""
+    layer = SyncBatchNorm(C, skip_nonfinite=True)
+    good = torch.randn(2, C, 3, generator=torch.Generator().manual_seed(rank))
+    seen = []
+    for x in (good, good / 0 if rank == 1 else good, good):
+        layer(x)
+        seen.append(buffers(layer))
+    return seen
+
+
+def checkpointed(rank):
+    """Buffers and gradients of a step under DDP, without and with activation checkpointing."""
+    seen = []
+    for run in (lambda net, x: net(x), lambda net, x: checkpoint(net, x, use_reentrant=False)):
+        net = ddp_model()
+        wrapped = nn.parallel.DistributedDataParallel(Run(net, run), broadcast_buffers=False)
+        x, dy = ddp_batch(rank)
+        wrapped(x).backward(dy)
+        seen.append({name: p.grad for name, p in net.named_parameters()} | buffers(net))
+    return seen
+
+
+class Run(nn.Module):
+    def __init__(self, net, run):
+        super().__init__()
+        self.net, self.run = net, run
+
+    def forward(self, x):
+        return self.run(self.net, x)
+
+
 def ddp_model():
     torch.manual_seed(5)
     return nn.Sequential(
@@ -331,7 +364,8 @@ def work(rank, path):
     two = dist.new_group([0, 1])
     groups = {(0, 1): two if rank < 2 else alone[rank]}
     results = {name: run_scenario(rank, scenario, groups) for name, scenario in SCENARIOS.items()}
-    for more in (too_few_values, unequal_ranks, evaluation_is_local, distributed_data_parallel):
+    more_work = too_few_values, unequal_ranks, evaluation_is_local, one_rank_is_not_finite, checkpointed
+    for more in (*more_work, distributed_data_parallel):
         results[more.__name__] = more(rank)
     torch.save(results, f"{path}/{rank}.pt")
     dist.destroy_process_group()
@@ -447,6 +481,23 @@ def test_evaluation_sends_no_message(ranks):
     for rank, result in enumerate(ranks):
         want = (rank - 1) / (2 / 3 + 1e-5) ** 0.5
         torch.testing.assert_close(result["evaluation_is_local"]["y"], torch.full((2, C), want))
+
+
+@pytest.mark.slow
+def test_all_ranks_pass_over_a_batch_that_is_not_finite_on_one(ranks):
+    for result in ranks:
+        first, spoilt, last = result["one_rank_is_not_finite"]
+        torch.testing.assert_close(spoilt, first, rtol=0, atol=0)
+        assert last["num_batches_tracked"] == 2
+        assert last["running_var"].isfinite().all()
+        torch.testing.assert_close(last, ranks[0]["one_rank_is_not_finite"][2], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_checkpointing_over_ranks_moves_running_statistics_once(ranks):
+    for result in ranks:
+        plain, again = result["checkpointed"]
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
 @pytest.mark.slow

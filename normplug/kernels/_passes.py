@@ -229,7 +229,8 @@ def _pass(x: Tensor, given: Channels, sums: int = 0) -> tuple[Layout, Tiling, li
     at = Layout.of(x, merge=not given.per_sample)
     tiles = tiling(at, sums)
     per_sample = given.groups if given.per_sample else 0
-    sizes = [at.outer, at.units, at.channels, at.channels // given.groups, per_sample]
+    group_size = at.channels // max(1, given.groups)  # without a channel no program will ask for it
+    sizes = [at.outer, at.units, at.channels, group_size, per_sample]
     return at, tiles, [*sizes, tiles.channel_tiles, tiles.position_tiles]
 
 

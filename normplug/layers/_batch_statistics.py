@@ -7,11 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.ops._common import acc_dtype, check_act
+from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.ops._common import acc_dtype
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize
 
-__all__ = ["ConversionGuard", "LocalBatchNorm", "normalize_by_running", "update_running", "values_per_channel"]
+__all__ = [
+    "ConversionGuard",
+    "LocalBatchNorm",
+    "normalize_by_running",
+    "recomputing",
+    "update_running",
+    "values_per_channel",
+]
+
+Running = tuple[Tensor | None, ...]  # running mean, running variance, number of batches
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -19,17 +29,88 @@ def values_per_channel(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def update_running(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
-    """Move the running statistics of a layer in training towards those of its batch, as nn.BatchNorm does."""
-    if not layer.track_running_stats or layer.running_mean is None:
+def recomputing() -> bool:
+    """Tell whether this thread is running a backward pass: forward is only called there to recompute activations."""
+    # A private name, in torch since 2.0. Without it a checkpointed call counts twice, as it does for BN.
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() >= 0
+
+
+# Not by custom_op: what that adds to a call is several times what this one does.
+torch.library.define("normplug::recomputing", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("normplug::recomputing", "CompositeExplicitAutograd")
+def _recomputing(x: Tensor) -> Tensor:
+    """Return ``recomputing()`` on the device of x: for a compiled graph, which asks whenever it runs."""
+    return torch.full((), recomputing(), device=x.device)
+
+
+@torch.library.register_fake("normplug::recomputing")
+def _recomputing_fake(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.bool)
+
+
+def _may_be_repeated() -> bool:
+    """Tell whether this forward pass is, or a graph that is being made of it may be, one that has counted before."""
+    if torch.compiler.is_compiling():
+        return not _is_exporting()  # what is exported is for others to run, who have no op of ours
+    return recomputing()
+
+
+def running_to_move(layer: nn.Module) -> Running:
+    """Return mean, variance and count for a batch to move, and to be handed to ``keep_running`` then.
+
+    They are the layer's own buffers. Where it is open whether the batch counts they are copies: activation
+    checkpointing may be running a forward pass again that has counted, or ``skip_nonfinite`` wants to see the result.
+    """
+    own = _running(layer)
+    if layer.skip_nonfinite or _may_be_repeated():
+        return tuple(None if buffer is None else buffer.clone() for buffer in own)
+    return own
+
+
+def keep_running(layer: nn.Module, moved: Running) -> None:
+    """Write what a batch made of copies into the layer, if the batch counts; all without asking the device."""
+    repeated = _may_be_repeated()
+    if (repeated and not torch.compiler.is_compiling()) or not (repeated or layer.skip_nonfinite):
         return
-    layer.num_batches_tracked.add_(1)
-    if layer.momentum is not None:
-        factor: float | Tensor = layer.momentum
-    else:  # the mean over all batches; a tensor, so that no device has to wait for the host
-        factor = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
-    for running, new in ((layer.running_mean, mean), (layer.running_var, unbiased_var)):
-        running.lerp_(new.to(running.dtype), factor)
+    pairs = [(own, new) for own, new in zip(_running(layer), moved, strict=True) if own is not None]
+    passed_over = torch.ops.normplug.recomputing(pairs[0][0]) if repeated else False
+    if layer.skip_nonfinite:
+        # A channel that was spoilt before, by a checkpoint say, does not stop the others.
+        spoilt = torch.stack([(own.isfinite() & ~new.isfinite()).any() for own, new in pairs]).any()
+        passed_over = spoilt | passed_over
+    for own, new in pairs:
+        own.copy_(torch.where(passed_over, own, new))
+
+
+def _running(layer: nn.Module) -> Running:
+    if not getattr(layer, "track_running_stats", True):
+        return None, None, None
+    return tuple(layer._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+
+
+def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
+    """Move the running statistics of a layer in training towards those of its batch, as nn.BatchNorm does.
+
+    Args:
+        layer: Its buffers are those of a batch norm, or some of them; without ``running_var`` nothing happens.
+        mean: Mean of the batch (C,); None for a layer that keeps none.
+        var: The variance that the layer averages (C,).
+    """
+    running_mean, running_var, count = moved = running_to_move(layer)
+    if running_var is None:
+        return
+    if count is not None:
+        count.add_(1)
+    factor: float | Tensor = layer.momentum
+    if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
+        factor = 1 / count.to(running_var.dtype)
+    for running, new in ((running_mean, mean), (running_var, var)):
+        if running is not None:
+            running.lerp_(new.to(running.dtype), factor)
+    keep_running(layer, moved)
 
 
 def normalize_by_running(
@@ -88,6 +169,7 @@ class LocalBatchNorm(ConversionGuard):
     op = "batch_norm"
     batch_statistics = True
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -100,15 +182,17 @@ class LocalBatchNorm(ConversionGuard):
         *,
         bias: bool = True,
         act: str | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
-        check_act(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # not handed up: older torch does not know the argument
             self.register_parameter("bias", None)
-        self.act = act
+        self.act, self.skip_nonfinite = act, skip_nonfinite
 
     def lost_in_conversion(self) -> str:
-        return f"its activation {self.act!r}" if self.act else ""
+        if self.act:
+            return f"its activation {self.act!r}"
+        return "its skip_nonfinite" if self.skip_nonfinite else ""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         check_channels(self, x, self.num_features)
@@ -130,14 +214,19 @@ class LocalBatchNorm(ConversionGuard):
 
     def _stock(self, x: Tensor) -> Tensor:
         """Run torch's own batch norm on batch statistics: its numbers to the last bit."""
-        count = self.num_batches_tracked if self.training and self.track_running_stats else None
+        mean = var = count = None
+        if self.training:
+            mean, var, count = moved = running_to_move(self)
         factor = 0.0 if self.momentum is None else self.momentum
         if count is not None:
             count.add_(1)
-            if self.momentum is None:
+            if self.momentum is None and not count.is_meta:
                 factor = 1.0 / float(count)
-        mean, var = (self.running_mean, self.running_var) if count is not None else (None, None)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        if mean is not None:
+            keep_running(self, moved)
+        return y
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", act={self.act!r}" if self.act else "")
+        changed = (f", act={self.act!r}" if self.act else "") + (", skip_nonfinite=True" if self.skip_nonfinite else "")
+        return super().extra_repr() + changed

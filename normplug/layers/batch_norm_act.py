@@ -23,6 +23,8 @@ class BatchNormAct(LocalBatchNorm, _BatchNorm):
         bias: With affine, learn the bias.
         act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None. It is lost if the
             layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
+        skip_nonfinite: Leave the running statistics as they are where a batch would make one of them NaN or infinite,
+            which nothing could undo. The output is that of the batch all the same.
 
     Shape:
         - Input: (N, C, *), up to three spatial axes; N = 0 is fine.

@@ -11,11 +11,11 @@ from normplug.layers import _convolution_trace as trace
 from normplug.layers._batch_statistics import (
     ConversionGuard,
     normalize_by_running,
+    recomputing,
     update_running,
     values_per_channel,
 )
-from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.ops._common import check_act
+from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -132,6 +132,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None. It is lost if the
             layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
         official_burnin_var: During burn-in divide by the unbiased standard deviation, as the authors' code does.
+        skip_nonfinite: Leave the running statistics as they are where a batch would make one of them NaN or infinite,
+            which nothing could undo. The output is that of the batch all the same.
 
     Shape:
         - Input: (N, C, *), one to three spatial axes; N = 0 is fine.
@@ -155,6 +157,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     op = "batch_norm"
     batch_statistics = True
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -169,23 +172,18 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         rule: str = "drop",
         act: str | None = None,
         official_burnin_var: bool = False,
+        skip_nonfinite: bool = False,
         *,
         device=None,
         dtype=None,
     ) -> None:
-        check_act(act)
-        for name, value in (("buffer_num", buffer_num), ("burnin", burnin)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"CBN counts {name} in iterations: give an integer of 0 or more, not {value!r}.")
-        if not 0 <= rho <= 1:
-            raise ValueError(f"CBN takes rho from 0 (no correction) to 1 (the paper), but got {rho!r}.")
         for name, value, known in (("eps_mode", eps_mode, EPS_MODES), ("rule", rule, RULES)):
             if value not in known:
                 raise ValueError(f"CBN knows {name} {known[0]!r} and {known[1]!r}, but got {value!r}.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.buffer_num, self.burnin, self.rho = buffer_num, burnin, rho
         self.eps_mode, self.rule, self.act = eps_mode, rule, act
-        self.official_burnin_var = official_burnin_var
+        self.official_burnin_var, self.skip_nonfinite = official_burnin_var, skip_nonfinite
         self.cbn_calls = 0  # training iterations; not a tensor, so that no device has to be asked
         self._verified = False
         self._history: dict[int, tuple[Entry, ...]] = {}  # newest first, by the number of the call in its iteration
@@ -204,13 +202,14 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
 
     def _train(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         with_graph = torch.is_grad_enabled()
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if _in_backward() and self._iteration.calls:  # activation checkpointing runs this forward again
-                recomputing, statistics = True, self._statistics_of_first_pass(x)
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no device "meta"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if recomputing() and self._iteration.calls:  # activation checkpointing runs this forward again
+                again, statistics = True, self._statistics_of_first_pass(x)
             else:
-                recomputing, statistics = False, self._new_statistics(x, with_graph)
+                again, statistics = False, self._new_statistics(x, with_graph)
         y = self._normalize(x, statistics, residual, act)
-        if y.requires_grad and not recomputing:
+        if y.requires_grad and not again:
             self._iteration.watch(y)
         return y
 
@@ -302,7 +301,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
 
     def _verify(self, entry: Entry, conv: trace.Convolution) -> None:
         """Raise ValueError if the mean of the output is not what the filters make of the input: asked once."""
-        if self._verified:
+        if self._verified or entry.mean.is_meta:  # there nothing can be asked
             return
         bias = conv.module.bias
         off = entry.mean - entry.mean_product - (0 if bias is None else bias)
@@ -410,6 +409,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
                 ("rule", "drop"),
                 ("act", None),
                 ("official_burnin_var", False),
+                ("skip_nonfinite", False),
             )
             if getattr(self, name) != default
         ]
@@ -420,10 +420,3 @@ def _moved(fn, t: Tensor) -> Tensor:
     """Apply .to(), .cuda(), .double() ... to a statistic; .half() moves it without rounding it."""
     moved = fn(t)
     return t.to(moved.device) if moved.element_size() < 4 else moved
-
-
-def _in_backward() -> bool:
-    """Tell whether this thread is running a backward pass: forward is only called there to recompute activations."""
-    # A private name, in torch since 2.0. Without it a checkpointed call would count twice, as it does for BN.
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() >= 0

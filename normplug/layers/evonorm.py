@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normplug.layers._checks import check_channels, check_has_statistics
+from normplug.layers._batch_statistics import update_running
+from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._contained_activation import ContainedActivation
 from normplug.ops.evonorm_b0 import evonorm_b0
 from normplug.ops.evonorm_s0 import evonorm_s0
@@ -63,6 +64,7 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
     contains_activation = True
     batch_statistics = False
 
+    @checked
     def __init__(
         self,
         num_channels: int,
@@ -117,6 +119,8 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         running_unbiased: Average the unbiased variance, as torch's BatchNorm does, not the population variance.
         affine: Learn weight and bias per channel.
         apply_act: Normalize and activate; otherwise scale and shift only.
+        skip_nonfinite: Leave the running variance as it is where a batch would make a value of it NaN or infinite,
+            which nothing could undo. The output is that of the batch all the same.
 
     Shape:
         - Input: (N, C, *), up to three spatial axes; N = 0 is fine and leaves running_var alone.
@@ -141,6 +145,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
     contains_activation = True
     batch_statistics = True
 
+    @checked
     def __init__(
         self,
         num_channels: int,
@@ -149,17 +154,13 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         running_unbiased: bool = False,
         affine: bool = True,
         apply_act: bool = True,
+        skip_nonfinite: bool = False,
         *,
         device=None,
         dtype=None,
     ) -> None:
-        if momentum is None:
-            raise ValueError(
-                "EvoNormB0 got momentum=None, but keeps no count of batches for a cumulative average. Give a number, "
-                "for example momentum=0.1."
-            )
         super().__init__(num_channels, num_channels, eps, affine, device=device, dtype=dtype)
-        self.momentum, self.running_unbiased = momentum, running_unbiased
+        self.momentum, self.running_unbiased, self.skip_nonfinite = momentum, running_unbiased, skip_nonfinite
         self.register_buffer("running_var", torch.ones(num_channels, device=device, dtype=dtype))
         self._set_up(apply_act, device, dtype)
 
@@ -189,7 +190,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         if count > 0:
             if self.running_unbiased:
                 var = var * (count / (count - 1))
-            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+            update_running(self, None, var)
         return y
 
     def _apply(self, fn, recurse: bool = True):
@@ -205,6 +206,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         return (
             f"{self.num_channels}, eps={self.eps}, momentum={self.momentum}, "
             f"running_unbiased={self.running_unbiased}, affine={self.affine}, apply_act={self.apply_act}"
+            + (", skip_nonfinite=True" if self.skip_nonfinite else "")
         )
 
 
@@ -216,7 +218,7 @@ def _choose_groups(num_channels: int, num_groups: int | None, channels_per_group
             f"channels_per_group={channels_per_group}. Leave one out; without both, num_groups is 32."
         )
     if channels_per_group is not None:
-        if channels_per_group < 1 or num_channels % channels_per_group:
+        if num_channels % channels_per_group:
             divisors = [d for d in range(1, num_channels + 1) if num_channels % d == 0]
             raise ValueError(
                 f"EvoNormS0 with {num_channels} channels cannot have channels_per_group={channels_per_group}: it "
@@ -224,8 +226,4 @@ def _choose_groups(num_channels: int, num_groups: int | None, channels_per_group
             )
         return num_channels // channels_per_group
     wish = 32 if num_groups is None else num_groups
-    if wish < 1:
-        raise ValueError(
-            f"EvoNormS0 needs at least one group, but got num_groups={num_groups}. Give a positive number."
-        )
     return next(g for g in range(min(wish, num_channels), 0, -1) if num_channels % g == 0)

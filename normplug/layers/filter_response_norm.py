@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from normplug.layers._checks import check_channels
+from normplug.layers._checks import check_channels, checked
 from normplug.layers._contained_activation import ContainedActivation
 from normplug.ops._common import acc_dtype
 from normplug.ops.filter_response_norm import filter_response_norm
@@ -53,6 +53,7 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
     contains_activation = True
     batch_statistics = False
 
+    @checked
     def __init__(
         self,
         num_channels: int,

@@ -4,8 +4,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._batch_statistics import ConversionGuard, normalize_by_running
-from normplug.layers._checks import check_channels
-from normplug.ops._common import check_act
+from normplug.layers._checks import check_channels, checked
 
 __all__ = ["FrozenBatchNorm"]
 
@@ -44,10 +43,10 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
     op = "batch_norm"
     batch_statistics = False
 
+    @checked
     def __init__(
         self, num_features: int, eps: float = 1e-5, act: str | None = None, *, device=None, dtype=None
     ) -> None:
-        check_act(act)
         super().__init__(num_features, eps, device=device, dtype=dtype)
         for name in ("weight", "bias"):
             value = self._parameters.pop(name)

@@ -6,8 +6,7 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-from normplug.layers._checks import check_channels
-from normplug.ops._common import check_act
+from normplug.layers._checks import check_channels, checked
 from normplug.ops.group_norm import group_norm
 
 __all__ = ["GroupNorm"]
@@ -58,6 +57,7 @@ class GroupNorm(nn.GroupNorm):
     op = "group_norm"
     batch_statistics = False
 
+    @checked
     def __init__(
         self,
         num_channels: int,
@@ -70,7 +70,6 @@ class GroupNorm(nn.GroupNorm):
         device=None,
         dtype=None,
     ) -> None:
-        check_act(act)
         super().__init__(
             choose_groups(type(self)._name_, num_channels, num_groups, channels_per_group),
             num_channels,
@@ -137,7 +136,7 @@ def choose_groups(name: str, num_channels: int, num_groups: int | str | None, ch
         raise ValueError(
             f"{name} got num_groups={request!r}; expected a number or 'auto', the largest divisor up to 32."
         )
-    if request < 1 or num_channels % request:
+    if num_channels % request:
         divisors = [d for d in range(1, num_channels + 1) if num_channels % d == 0]
         default = " (the default)" if num_groups is DEFAULT_GROUPS else ""
         raise GroupsError(
@@ -145,4 +144,4 @@ def choose_groups(name: str, num_channels: int, num_groups: int | str | None, ch
             f"{'channels_per_group' if by_size else 'num_groups'}={request}{default}: it must divide "
             f"{num_channels}. These do: {divisors}; num_groups='auto' takes the largest up to 32."
         )
-    return int(num_channels // request if by_size else request)
+    return num_channels // request if by_size else int(request)

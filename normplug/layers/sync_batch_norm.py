@@ -44,6 +44,8 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         bias: With affine, learn the bias.
         act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None. It is lost if the
             layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
+        skip_nonfinite: Leave the running statistics as they are where a batch would make one of them NaN or infinite,
+            which nothing could undo; all ranks decide alike. The output is that of the batch all the same.
 
     Shape:
         - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
@@ -74,8 +76,20 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         *,
         bias: bool = True,
         act: str | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, act=act)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            act=act,
+            skip_nonfinite=skip_nonfinite,
+        )
         self.process_group = process_group
         self._agreed: torch.dtype | None = None  # of the input, when the ranks last compared what they have
 
@@ -140,6 +154,7 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
                 module.track_running_stats,
                 process_group,
                 act=getattr(module, "act", None),
+                skip_nonfinite=getattr(module, "skip_nonfinite", False),
             )
             for name in ("weight", "bias"):
                 new.register_parameter(name, getattr(module, name))

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch.fx
 from torch import Tensor, nn
 
+from normplug.layers._checks import checked
+from normplug.ops._common import check_tensor
 from normplug.ops.weight_standardize import weight_standardize, weight_standardize_many
 
 # fold_ws and standardize_together are no layers, and what __all__ names is registered as one
@@ -16,6 +18,7 @@ __all__ = ["WSConv1d", "WSConv2d", "WSConv3d"]
 Model = TypeVar("Model", bound=nn.Module)
 
 torch.fx.wrap("weight_standardize")  # symbolic tracing stops here: inside, it would meet its checks
+torch.fx.wrap("check_tensor")
 
 
 class _WSConv(nn.Module):
@@ -25,6 +28,7 @@ class _WSConv(nn.Module):
     family = "weight"
     batch_statistics = False
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -66,6 +70,7 @@ class _WSConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor(type(self).__name__, x)
         return super()._conv_forward(x, self.standardized_weight(), self.bias)
 
     def standardized_weight(self) -> Tensor:

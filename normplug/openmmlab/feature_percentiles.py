@@ -13,7 +13,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from normplug.layers.cross_iteration_batch_norm import _in_backward
+from normplug.layers._batch_statistics import recomputing
 
 __all__ = ["FeaturePercentileHook"]
 
@@ -122,7 +122,7 @@ class FeaturePercentileHook(Hook):
 
     def _looker(self, name: str):
         def look(module: nn.Module, args: tuple) -> None:
-            if args[0].numel() and not _in_backward():
+            if args[0].numel() and not recomputing():
                 self._values[name].append(sample(args[0].detach(), self.max_values))
 
         return look

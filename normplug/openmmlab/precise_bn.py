@@ -38,6 +38,8 @@ def estimate_statistics(model: nn.Module, batches: Iterable, run: Callable[[nn.M
     the window) and EvoNorm-B0's variance are set. Whatever is in eval mode once ``model.train()`` has run
     (``norm_eval``, ``frozen_stages``, frozen layers) is left alone. Afterwards modes, all other buffers, CBN's history
     and the random numbers are as before. What a model keeps in plain Python attributes is not restored.
+    A batch that is not finite leaves a layer's statistics as they were; where the layer has ``skip_nonfinite`` only
+    that batch is left out.
 
     Args:
         model: The model, no wrapper around it.
@@ -85,6 +87,8 @@ class _Moments:
         if x.numel():
             with torch.autocast(x.device.type, enabled=False):
                 mean, m2 = batch_norm_stats(x)
+            if getattr(layer, "skip_nonfinite", False) and not (mean.isfinite().all() and m2.isfinite().all()):
+                return
             self.add(values_per_channel(x), mean.double(), m2.double())
 
     def add(self, count: float, mean: Tensor, m2: Tensor) -> None:

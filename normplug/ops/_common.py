@@ -13,11 +13,16 @@ from torch.library import CustomOpDef
 
 __all__ = [
     "ACTIVATIONS",
+    "DTYPES",
     "RELU_OF_OUTPUT",
     "acc_dtype",
     "activate",
     "activation_grad",
     "check_act",
+    "check_groups",
+    "check_parameters",
+    "check_residual",
+    "check_tensor",
     "dense",
     "for_backward",
     "per_channel",
@@ -25,8 +30,91 @@ __all__ = [
 ]
 
 
+# What every op computes with; there are sums and kernels for no other kind of number.
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def check_tensor(name: str, x: Any, argument: str = "input") -> None:
+    """Raise TypeError, in the name of an op or layer, if x is no dense floating-point tensor."""
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+        kind, remedy = _kind_and_remedy(x)
+        raise TypeError(
+            f"{name} takes a dense tensor of float16, bfloat16, float32 or float64 as {argument}, but got {kind}. "
+            f"{remedy}"
+        )
+
+
+def _kind_and_remedy(x: Any) -> tuple[str, str]:
+    """Say what x is, and how to make a dense floating-point tensor of it."""
+    if isinstance(x, (list, tuple)) and any(isinstance(part, Tensor) for part in x):
+        return f"a {type(x).__name__} of {len(x)} elements", "Call it once for each tensor, or join them by torch.cat."
+    if x is None:
+        return "None", "What computes it returned nothing: look for a missing return, or leave the call out."
+    if type(x).__name__ == "Proxy":
+        return (
+            "a Proxy of torch.fx",
+            "Let the tracer take the call as a whole: Tracer.is_leaf_module, or torch.fx.wrap.",
+        )
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__}", "Make a tensor of it first: torch.as_tensor(x, dtype=torch.float32)."
+    if x.is_nested:
+        return "a nested tensor", "Pad it (torch.nested.to_padded_tensor), or call it for each tensor of x.unbind()."
+    if x.is_quantized:
+        return f"a quantized tensor ({x.dtype})", "Call x.dequantize() before."
+    if x.layout is not torch.strided:
+        return f"a tensor of layout {x.layout}", "Call x.to_dense() before."
+    kind = f"a {tuple(x.shape)} tensor of {x.dtype}"
+    if x.is_complex():
+        return kind, "Normalize real and imaginary part apart: x.real and x.imag."
+    return kind, "Convert it before, for example by x.float()."
+
+
+def check_residual(name: str, x: Tensor, residual: Tensor | None) -> None:
+    """Raise TypeError or ValueError if residual cannot be added to an output of the shape of x."""
+    if residual is None:
+        return
+    check_tensor(name, residual, "residual")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{name} adds a residual of the input's own shape {tuple(x.shape)}, but got "
+            f"{tuple(residual.shape)}. Project the shortcut to that shape first."
+        )
+
+
+def check_parameters(name: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Raise TypeError or ValueError if x (N, C, *) has no channel axis, or one of the others, if given, is not (C,)."""
+    check_tensor(name, x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} expects an input of shape (N, C, *), but got {tuple(x.shape)}. Add the missing axes by unsqueeze."
+        )
+    channels = (x.shape[1],)
+    for parameter, value in parameters.items():
+        if value is None or (isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels):
+            continue
+        check_tensor(name, value, parameter)
+        raise ValueError(
+            f"{name} takes one value of {parameter} per channel, but got {tuple(value.shape)} for an input of "
+            f"shape {tuple(x.shape)}. Give a tensor of shape ({x.shape[1]},); channels sit on axis 1."
+        )
+
+
+def check_groups(name: str, x: Tensor, num_groups: int) -> None:
+    """Raise ValueError if num_groups does not divide the channels of x (N, C, *)."""
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
+        raise ValueError(f"{name} takes an integer as num_groups, but got {num_groups!r}. Give one, for example 32.")
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(
+            f"{name} cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
+            f"Use a number of groups that divides {x.shape[1]}."
+        )
+
+
 def acc_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of statistics and sums over x: float32, or float64 for a float64 x."""
+    """Return the dtype of statistics and sums over x: float32, or float64 for a float64 x.
+
+    Where squares of x, or their sum, pass its largest number, a norm returns 0 or NaN, as torch's own do.
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -81,7 +169,7 @@ RELU_OF_OUTPUT = "relu_of_output"
 
 def check_act(act: str | None) -> None:
     """Raise ValueError if act names no fused activation."""
-    if act is not None and act not in ACTIVATIONS:
+    if act is not None and not (isinstance(act, str) and act in ACTIVATIONS):
         raise ValueError(
             f"act={act!r} is no activation that a norm layer can apply. Use one of {sorted(ACTIVATIONS)}, or "
             f"act=None and a separate activation module behind the layer."

@@ -13,6 +13,8 @@ from normplug.ops._common import (
     activate,
     activation_grad,
     check_act,
+    check_parameters,
+    check_residual,
     dense,
     for_backward,
     is_channels_last,
@@ -46,12 +48,16 @@ def batch_norm_act(
         gradient; they are float32 (float64 for a float64 x) and 0 for an empty batch.
 
     Raises:
-        ValueError: If x has no channel axis, the activation is unknown, or residual is not shaped as x.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If x has no channel axis, the activation is unknown, residual is not shaped as x, or a parameter
+            is not (C,).
 
     Reference:
         S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithm 1.
     """
-    _check("batch_norm_act", x, act, residual)
+    check_act(act)
+    check_parameters("batch_norm_act", x, weight=weight, bias=bias)
+    check_residual("batch_norm_act", x, residual)
     x = dense(x)
     count = _count(x)
     mean, m2 = _stats_op(x.detach())
@@ -96,10 +102,14 @@ def batch_normalize(
         A tensor with shape, dtype and memory format of x.
 
     Raises:
-        ValueError: If x has no channel axis, the activation is unknown, residual is not shaped as x, or only
-            one of the shares is given.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If x has no channel axis, the activation is unknown, residual is not shaped as x, a statistic or
+            parameter is not (C,), or only one of the shares is given.
     """
-    _check("batch_normalize", x, act, residual)
+    check_act(act)
+    shares = {"mean_share": mean_share, "var_share": var_share}
+    check_parameters("batch_normalize", x, mean=mean, rstd=rstd, weight=weight, bias=bias, **shares)
+    check_residual("batch_normalize", x, residual)
     if (mean_share is None) != (var_share is None):
         raise ValueError(
             "batch_normalize takes mean_share and var_share together or neither, but got only one of them. "
@@ -147,17 +157,6 @@ def batch_norm_dx(
 ) -> tuple[Tensor, Tensor]:
     """Return rstd * weight * (dz - mean_term - x̂ * var_term), and dz where there is a residual (else empty)."""
     return _dx_op(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term)
-
-
-def _check(name: str, x: Tensor, act: str | None, residual: Tensor | None) -> None:
-    check_act(act)
-    if x.ndim < 2:
-        raise ValueError(f"{name} expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{name} adds a residual of the input's own shape {tuple(x.shape)}, but got "
-            f"{tuple(residual.shape)}. Project the shortcut to that shape first."
-        )
 
 
 def _count(x: Tensor) -> int:

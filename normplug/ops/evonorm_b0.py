@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, dense, use_kernel
+from normplug.ops._common import acc_dtype, check_parameters, dense, use_kernel
 
 __all__ = ["evonorm_b0"]
 
@@ -35,13 +35,13 @@ def evonorm_b0(
         that of an empty batch is 0.
 
     Raises:
-        ValueError: If x has no channel axis.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If x has no channel axis or a parameter is not (C,).
 
     Reference:
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
-    if x.ndim < 2:
-        raise ValueError(f"evonorm_b0 expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
+    check_parameters("evonorm_b0", x, weight=weight, bias=bias, v=v, batch_var=batch_var)
     y, _, _, var = _op(dense(x), weight, bias, v, batch_var, eps)
     return y, var.detach()
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, dense, use_kernel
+from normplug.ops._common import acc_dtype, check_groups, check_parameters, dense, use_kernel
 
 __all__ = ["evonorm_s0"]
 
@@ -35,18 +35,14 @@ def evonorm_s0(
         for a float64 x).
 
     Raises:
-        ValueError: If x has no channel axis or num_groups does not divide C.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If x has no channel axis, num_groups does not divide C, or a parameter is not (C,).
 
     Reference:
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
-    if x.ndim < 2:
-        raise ValueError(f"evonorm_s0 expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(
-            f"evonorm_s0 cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
-            f"Use a number of groups that divides {x.shape[1]}."
-        )
+    check_parameters("evonorm_s0", x, weight=weight, bias=bias, v=v)
+    check_groups("evonorm_s0", x, num_groups)
     return _op(dense(x), num_groups, weight, bias, v, eps)[0]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, dense, use_kernel
+from normplug.ops._common import acc_dtype, check_parameters, dense, use_kernel
 
 __all__ = ["filter_response_norm"]
 
@@ -29,14 +29,14 @@ def filter_response_norm(
         for a float64 x).
 
     Raises:
-        ValueError: If x has no channel axis.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If x has no channel axis or a parameter is not (C,).
 
     Reference:
         S. Singh, S. Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of
         Deep Neural Networks", CVPR 2020, eq. 1 to 3.
     """
-    if x.ndim < 2:
-        raise ValueError(f"filter_response_norm expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
+    check_parameters("filter_response_norm", x, weight=weight, bias=bias, tau=tau)
     x = dense(x)
     if tau is None:
         tau = weight.new_full(weight.shape, float("-inf"))
@@ -50,7 +50,7 @@ def _with_learned_eps(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps:
     x3 = planes(x).to(acc_dtype(x))
     weight, bias, tau, eps = (t.to(x3.dtype).unsqueeze(1) for t in (weight, bias, tau, eps))
     mean = x3.square().sum(2, keepdim=True) / max(1, x3.shape[2])
-    z = x3 * (mean + eps).rsqrt() * weight + bias
+    z = x3 / (mean + eps).sqrt() * weight + bias  # not rsqrt: its cube, in the gradient, is 0 for large x
     return torch.where(z < tau, tau, z).to(x.dtype).view(x.shape)
 
 

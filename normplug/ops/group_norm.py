@@ -13,6 +13,9 @@ from normplug.ops._common import (
     activate,
     activation_grad,
     check_act,
+    check_groups,
+    check_parameters,
+    check_residual,
     dense,
     for_backward,
     is_channels_last,
@@ -50,25 +53,17 @@ def group_norm(
         float64 x) whatever its dtype.
 
     Raises:
-        ValueError: If num_groups does not divide C, x has no channel axis, the activation is unknown, or
-            residual is not shaped as x.
+        TypeError: If x or another argument that should be one is no dense floating-point tensor.
+        ValueError: If num_groups does not divide C, x has no channel axis, the activation is unknown,
+            residual is not shaped as x, or a parameter is not (C,).
 
     Reference:
         Y. Wu, K. He, "Group Normalization", ECCV 2018, eq. 1, 2 and 7.
     """
     check_act(act)
-    if x.ndim < 2:
-        raise ValueError(f"group_norm expects an input of shape (N, C, *), but got {tuple(x.shape)}.")
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(
-            f"group_norm cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
-            f"Use a number of groups that divides {x.shape[1]}."
-        )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"group_norm adds a residual of the input's own shape {tuple(x.shape)}, but got "
-            f"{tuple(residual.shape)}. Project the shortcut to that shape first."
-        )
+    check_parameters("group_norm", x, weight=weight, bias=bias)
+    check_groups("group_norm", x, num_groups)
+    check_residual("group_norm", x, residual)
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import row_blocks
-from normplug.ops._common import acc_dtype, dense, is_channels_last, use_kernel
+from normplug.ops._common import acc_dtype, check_tensor, dense, is_channels_last, use_kernel
 
 __all__ = ["weight_standardize", "weight_standardize_many"]
 
@@ -26,6 +26,7 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, correction: int = 1, e
         A tensor with shape, dtype and memory format of the weight, computed in float32 (float64 for float64).
 
     Raises:
+        TypeError: If a weight is no dense floating-point tensor.
         ValueError: If a filter has no more values than correction.
 
     Reference:
@@ -49,6 +50,7 @@ def weight_standardize_many(
         eps_inside: Divide by sqrt(var + eps) instead.
 
     Raises:
+        TypeError: If a weight is no dense floating-point tensor.
         ValueError: If a filter has no more values than correction.
     """
     for weight in weights:
@@ -62,6 +64,7 @@ def weight_standardize_many(
 
 
 def _check(weight: Tensor, correction: int) -> None:
+    check_tensor("weight_standardize", weight, "weight")
     size = weight.shape[1:].numel()
     if weight.ndim < 2 or size <= correction:
         raise ValueError(
