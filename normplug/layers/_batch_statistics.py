@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._checks import check_channels, check_has_statistics
 from normplug.ops._common import acc_dtype, check_act
-from normplug.ops.batch_norm import batch_norm_act, batch_normalize
+from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = ["ConversionGuard", "LocalBatchNorm", "normalize_by_running", "update_running", "values_per_channel"]
 
@@ -29,7 +28,10 @@ def update_running(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> Non
     else:  # the mean over all batches; a tensor, so that no device has to wait for the host
         factor = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
     for running, new in ((layer.running_mean, mean), (layer.running_var, unbiased_var)):
-        running.lerp_(new.to(running.dtype), factor)
+        if running.element_size() >= 4:
+            running.lerp_(new.to(running.dtype), factor)
+        else:  # rounded once, not at every operation of a half type
+            running.copy_(torch.lerp(running.to(new.dtype), new, factor))
 
 
 def normalize_by_running(
@@ -37,12 +39,13 @@ def normalize_by_running(
 ) -> Tensor:
     """Return act(bn(x) + residual) by the running statistics; eps_outside: divide by √var + eps."""
     var, eps = layer.running_var, layer.eps
-    if eps_outside:
-        var, eps = (var.sqrt() + eps).square(), 0.0
-    if act is None and residual is None and x.numel():
-        return F.batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
+    if act is None and residual is None and x.numel() and is_exact_in_aten(x):
+        if eps_outside:
+            var, eps = (var.sqrt() + eps).square(), 0.0
+        return stock_batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
     wide = acc_dtype(x)
-    rstd = (var.to(wide) + eps).rsqrt()
+    var = var.to(wide)
+    rstd = 1 / (var.sqrt() + eps) if eps_outside else (var + eps).rsqrt()
     return batch_normalize(x, layer.running_mean.to(wide), rstd, layer.weight, layer.bias, act, residual)
 
 
@@ -115,11 +118,8 @@ class LocalBatchNorm(ConversionGuard):
         act = act or self.act
         if not self.training and self.running_mean is not None:
             return normalize_by_running(self, x, act, residual)
-        if self.training:
-            check_has_statistics(self, x, values_per_channel(x))
-        # With half parameters too, torch's CPU op keeps the statistics of a half input in half precision.
-        exact = x.is_cuda or x.element_size() >= 4
-        if act is None and residual is None and x.numel() and exact:
+        check_has_statistics(self, x, values_per_channel(x))
+        if act is None and residual is None and x.numel() and is_exact_in_aten(x):
             return self._stock(x)
         y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
         count = values_per_channel(x)
@@ -137,7 +137,7 @@ class LocalBatchNorm(ConversionGuard):
             if self.momentum is None:
                 factor = 1.0 / float(count)
         mean, var = (self.running_mean, self.running_var) if count is not None else (None, None)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        return stock_batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", act={self.act!r}" if self.act else "")

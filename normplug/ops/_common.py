@@ -69,7 +69,7 @@ def _gelu_grad(z: Tensor) -> Tensor:
 # name -> (function, derivative), both of the value before the activation
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (F.relu, lambda z: (z > 0).to(z.dtype)),
-    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype)),
+    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, torch.ones_like(z), 0.01)),
     "silu": (F.silu, _silu_grad),
     "gelu": (F.gelu, _gelu_grad),
 }
