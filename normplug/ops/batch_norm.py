@@ -19,6 +19,7 @@ from normplug.ops._common import (
     is_channels_last,
     per_channel,
     use_kernel,
+    with_plain_strides,
 )
 
 __all__ = [
@@ -185,21 +186,9 @@ def stock_batch_norm(
         return F.batch_norm(x, *args)
     if x.is_contiguous():
         return F.batch_norm(x.flatten(2), *args).view(x.shape)
-    if not _suggests_channels_last(x):
-        last = x.movedim(1, -1)
-        if last.is_contiguous():
-            x = last.view(last.shape).movedim(-1, 1)  # this view writes the strides anew
+    if x.movedim(1, -1).is_contiguous():
+        x = with_plain_strides(x)
     return F.batch_norm(x, *args)
-
-
-def _suggests_channels_last(x: Tensor) -> bool:
-    """Tell whether x (N, C, *) has just the strides of a channels-last tensor, those of axes of length 1 included."""
-    step = 1
-    for axis in (1, *range(x.ndim - 1, 1, -1), 0):
-        if x.stride(axis) != step:
-            return False
-        step *= x.shape[axis]
-    return True
 
 
 def _check(name: str, x: Tensor, act: str | None, residual: Tensor | None) -> None:
