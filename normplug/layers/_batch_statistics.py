@@ -23,15 +23,16 @@ def update_running(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> Non
     if not layer.track_running_stats or layer.running_mean is None:
         return
     layer.num_batches_tracked.add_(1)
+    wide = acc_dtype(layer.running_mean)
     if layer.momentum is not None:
         factor: float | Tensor = layer.momentum
     else:  # the mean over all batches; a tensor, so that no device has to wait for the host
-        factor = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
+        factor = 1 / layer.num_batches_tracked.to(wide)
     for running, new in ((layer.running_mean, mean), (layer.running_var, unbiased_var)):
-        if running.element_size() >= 4:
-            running.lerp_(new.to(running.dtype), factor)
-        else:  # rounded once, not at every operation of a half type
-            running.copy_(torch.lerp(running.to(new.dtype), new, factor))
+        if running.dtype == wide:
+            running.lerp_(new.to(wide), factor)
+        else:  # a half type is rounded once, and not at every operation
+            running.copy_(torch.lerp(running.to(wide), new.to(wide), factor))
 
 
 def normalize_by_running(
