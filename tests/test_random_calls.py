@@ -105,13 +105,22 @@ def pairs(shape, out):
             yield x, dy
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", LAYOUT_CASES)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def inputs(case):
+    """Return the shapes that a layer takes, each with the modes between which it tells."""
+    name, kwargs = LAYOUT_CASES[case]
+    ranks = [int(name[6]) + 2] if name in CONVOLUTIONS else [2, 3, 4, 5]
+    return [
+        (s, training) for s in SHAPES if len(s) in ranks for training in (True, False)[: 1 + ("momentum" in kwargs)]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "shape", "training"),
+    [(case, *given) for case in LAYOUT_CASES for given in inputs(case)],
+    ids=lambda value: {True: "train", False: "eval"}.get(value, str(value)),
+)
 def test_every_dense_layout_of_input_and_gradient(case, shape, training):
     name, kwargs = LAYOUT_CASES[case]
-    if (name in CONVOLUTIONS and len(shape) != int(name[6]) + 2) or not (training or "momentum" in kwargs):
-        pytest.skip("not an input of it, or the same in both modes")
     conv = CONV if name in CONVOLUTIONS else {}
     call = Call(name, {"eps": 0.1, **kwargs}, shape, F64, F64, DENSE, DENSE, training=training, conv=conv)
     layer, _ = build(call)
