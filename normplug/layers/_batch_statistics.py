@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.ops._common import acc_dtype
-from normplug.ops.batch_norm import batch_norm_act, batch_normalize
+from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
     "ConversionGuard",
@@ -104,12 +103,17 @@ def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
         return
     if count is not None:
         count.add_(1)
+    wide = acc_dtype(running_var)
     factor: float | Tensor = layer.momentum
     if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
-        factor = 1 / count.to(running_var.dtype)
+        factor = 1 / count.to(wide)
     for running, new in ((running_mean, mean), (running_var, var)):
-        if running is not None:
-            running.lerp_(new.to(running.dtype), factor)
+        if running is None:
+            continue
+        if running.dtype == wide:
+            running.lerp_(new.to(wide), factor)
+        else:  # a half type is rounded once, and not at every operation
+            running.copy_(torch.lerp(running.to(wide), new.to(wide), factor))
     keep_running(layer, moved)
 
 
@@ -118,12 +122,13 @@ def normalize_by_running(
 ) -> Tensor:
     """Return act(bn(x) + residual) by the running statistics; eps_outside: divide by √var + eps."""
     var, eps = layer.running_var, layer.eps
-    if eps_outside:
-        var, eps = (var.sqrt() + eps).square(), 0.0
-    if act is None and residual is None and x.numel():
-        return F.batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
+    if act is None and residual is None and x.numel() and is_exact_in_aten(x):
+        if eps_outside:
+            var, eps = (var.sqrt() + eps).square(), 0.0
+        return stock_batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
     wide = acc_dtype(x)
-    rstd = (var.to(wide) + eps).rsqrt()
+    var = var.to(wide)
+    rstd = 1 / (var.sqrt() + eps) if eps_outside else (var + eps).rsqrt()
     return batch_normalize(x, layer.running_mean.to(wide), rstd, layer.weight, layer.bias, act, residual)
 
 
@@ -199,11 +204,8 @@ class LocalBatchNorm(ConversionGuard):
         act = act or self.act
         if not self.training and self.running_mean is not None:
             return normalize_by_running(self, x, act, residual)
-        if self.training:
-            check_has_statistics(self, x, values_per_channel(x))
-        # With half parameters too, torch's CPU op keeps the statistics of a half input in half precision.
-        exact = x.is_cuda or x.element_size() >= 4
-        if act is None and residual is None and x.numel() and exact:
+        check_has_statistics(self, x, values_per_channel(x))
+        if act is None and residual is None and x.numel() and is_exact_in_aten(x):
             return self._stock(x)
         y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
         count = values_per_channel(x)
@@ -222,7 +224,7 @@ class LocalBatchNorm(ConversionGuard):
             count.add_(1)
             if self.momentum is None and not count.is_meta:
                 factor = 1.0 / float(count)
-        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        y = stock_batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
         if mean is not None:
             keep_running(self, moved)
         return y

@@ -123,10 +123,11 @@ def check_channels(layer: nn.Module, x: Tensor, num_features: int, name: str = "
 
 
 def check_has_statistics(layer: nn.Module, x: Tensor, count: int) -> None:
-    """Raise ValueError if a training batch offers one value per channel: its variance would be 0."""
+    """Raise ValueError if a batch offers one value per channel to statistics over it: its variance would be 0."""
     if count == 1:
+        running = "call .eval() to use the running statistics" if layer.training else "build it with running statistics"
         raise ValueError(
-            f"{type(layer).__name__} takes its statistics over the batch and cannot train on a single value per "
-            f"channel: got an input of shape {tuple(x.shape)}. Use more samples or larger maps, call .eval() to "
-            f"use the running statistics, or choose a layer without batch statistics such as GN."
+            f"{type(layer).__name__} takes its statistics over the batch and cannot do so on a single value per "
+            f"channel: got an input of shape {tuple(x.shape)}. Use more samples or larger maps, {running}, or "
+            f"choose a layer without batch statistics such as GN."
         )

@@ -196,6 +196,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         if not self.training and self.running_mean is not None:
             return normalize_by_running(self, x, act, residual, self.eps_mode == "outside")
         if not self.training or x.numel() == 0:
+            check_has_statistics(self, x, values_per_channel(x))
             trace.forget(x)
             return batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)[0]
         return trace.eagerly(self._train, x, residual, act)  # it follows calls and backward passes in Python

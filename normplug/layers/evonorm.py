@@ -1,12 +1,13 @@
 """EvoNorm-S0 and EvoNorm-B0: normalization and activation in one layer, found by search."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normplug.layers._batch_statistics import update_running
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._contained_activation import ContainedActivation
+from normplug.ops._common import acc_dtype
+from normplug.ops.batch_norm import batch_normalize, is_exact_in_aten, stock_batch_norm
 from normplug.ops.evonorm_b0 import evonorm_b0
 from normplug.ops.evonorm_s0 import evonorm_s0
 
@@ -21,10 +22,11 @@ class _EvoNorm(ContainedActivation):
             return x
         # BatchNorm's evaluation with mean 0 and variance + eps = 1: one pass, in the layout and dtype of x. (0 for
         # the variance and 1 for eps, because not every version of torch takes an eps of 0.)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        weight, bias = self.weight.to(acc_dtype(x)), self.bias.to(acc_dtype(x))
         zeros = torch.zeros_like(weight)
-        return F.batch_norm(x, zeros, zeros, weight, bias, eps=1.0)
+        if not is_exact_in_aten(x):
+            return batch_normalize(x, zeros, torch.ones_like(zeros), weight, bias)
+        return stock_batch_norm(x, zeros, zeros, weight, bias, False, 0.0, eps=1.0)
 
 
 class EvoNormS0(_EvoNorm, nn.GroupNorm):

@@ -27,6 +27,7 @@ __all__ = [
     "for_backward",
     "per_channel",
     "use_kernel",
+    "with_plain_strides",
 ]
 
 
@@ -120,8 +121,10 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 
 def dense(x: Tensor) -> Tensor:
     """Return x itself if it is contiguous or channels-last, else a copy that is one of the two."""
-    if x.is_contiguous() or is_channels_last(x):
+    if x.is_contiguous():
         return x
+    if is_channels_last(x):
+        return with_plain_strides(x)
     # A slice of a channels-last tensor stays channels-last: the layout follows the strides it has.
     return x.clone(memory_format=torch.preserve_format).contiguous(memory_format=layout(x))
 
@@ -138,6 +141,22 @@ def is_channels_last(x: Tensor) -> bool:
     if x.ndim not in (4, 5) or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def with_plain_strides(x: Tensor) -> Tensor:
+    """Return a channels-last x (N, C, *), or a view of it whose axes of length 1 have the strides of that layout too.
+
+    They may have any, and torch then takes the tensor for a contiguous one: it returns such outputs and gradients.
+    """
+    if 1 not in x.shape:
+        return x
+    step = 1
+    for axis in (1, *range(x.ndim - 1, 1, -1), 0):
+        if x.stride(axis) != step:
+            last = x.movedim(1, -1)
+            return last.view(last.shape).movedim(-1, 1)  # a view writes the strides anew
+        step *= x.shape[axis]
+    return x
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -157,7 +176,7 @@ def _gelu_grad(z: Tensor) -> Tensor:
 # name -> (function, derivative), both of the value before the activation
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (F.relu, lambda z: (z > 0).to(z.dtype)),
-    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype)),
+    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, torch.ones_like(z), 0.01)),
     "silu": (F.silu, _silu_grad),
     "gelu": (F.gelu, _gelu_grad),
 }

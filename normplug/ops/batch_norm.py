@@ -5,6 +5,7 @@ ranks (SyncBN), or statistics of earlier iterations (CBN).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normplug.ops._common import (
@@ -20,9 +21,18 @@ from normplug.ops._common import (
     is_channels_last,
     per_channel,
     use_kernel,
+    with_plain_strides,
 )
 
-__all__ = ["batch_norm_act", "batch_norm_dx", "batch_norm_reduce", "batch_norm_stats", "batch_normalize"]
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_dx",
+    "batch_norm_reduce",
+    "batch_norm_stats",
+    "batch_normalize",
+    "is_exact_in_aten",
+    "stock_batch_norm",
+]
 
 
 def batch_norm_act(
@@ -157,6 +167,38 @@ def batch_norm_dx(
 ) -> tuple[Tensor, Tensor]:
     """Return rstd * weight * (dz - mean_term - x̂ * var_term), and dz where there is a residual (else empty)."""
     return _dx_op(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term)
+
+
+def is_exact_in_aten(x: Tensor) -> bool:
+    """Tell whether torch's own batch norm rounds x's dtype once; on a CPU it sums half types in half precision."""
+    return x.is_cuda or x.element_size() >= 4
+
+
+def stock_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Return ``F.batch_norm`` of x (N, C, *), with its numbers and with right gradients in every layout.
+
+    On a CPU its backward takes x and dy for laid out alike where their strides suggest the same memory format, and
+    reads both by what x is. An axis of length 1 may have any stride, and then a channels-last tensor suggests a
+    contiguous one (docs/upstream-batch-norm.md). So where there is such an axis x goes in as a view that leaves no
+    choice: with the strides of its layout, and if that is the contiguous one, with one axis of positions.
+    """
+    args = running_mean, running_var, weight, bias, training, momentum, eps
+    if not x.is_cpu or x.ndim < 4 or 1 not in x.shape or not torch.is_grad_enabled():
+        return F.batch_norm(x, *args)
+    if x.is_contiguous():
+        return F.batch_norm(x.flatten(2), *args).view(x.shape)
+    if x.movedim(1, -1).is_contiguous():
+        x = with_plain_strides(x)
+    return F.batch_norm(x, *args)
 
 
 def _count(x: Tensor) -> int:

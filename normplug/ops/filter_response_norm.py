@@ -100,8 +100,10 @@ def reference_backward(
         scale = r * weight[cs]
         t = (xb * scale).add_(bias[cs] - tau[cs])
         dz = torch.ops.aten.threshold_backward(gb, t, 0)  # one pass without a mask
-        dbias[ns, cs] = passed = dz.sum(2)
-        dtau[ns, cs] = gb.sum(2) - passed
+        dbias[ns, cs] = dz.sum(2)
+        dtau[ns, cs] = torch.sub(gb, dz, out=t).sum(
+            2
+        )  # and not of sums, whose rounding would be left where tau is never met
         sums = torch.mul(dz, xb, out=t).sum(2, keepdim=True) * r
         dweight[ns, cs] = sums.squeeze(2)
         torch.addcmul(dz.mul_(scale), xb, scale * r * sums / p, value=-1, out=dx3[ns, cs])

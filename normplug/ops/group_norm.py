@@ -100,10 +100,15 @@ def _by_aten(
             centre = _spread(mean, x.shape[1]).view(*x.shape[:2], *[1] * (x.ndim - 2))
         x = x - centre
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    shape = x.shape
+    if x.ndim > 3 and 1 in shape and x.is_contiguous():
+        # An axis of length 1 can make ATen take x for a channels-last one, see _native; with one axis of positions not.
+        x, residual = x.flatten(2), None if residual is None else residual.flatten(2)
     z = F.group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         z = z.add_(residual)
-    return z.relu_() if act == "relu" else activate(z, act)
+    z = z.relu_() if act == "relu" else activate(z, act)
+    return z if z.shape == shape else z.view(shape)
 
 
 def _native(x: Tensor, num_groups: int) -> bool:
