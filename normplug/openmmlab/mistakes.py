@@ -245,7 +245,10 @@ class _Trace:
         """Return the innermost method of an object, and its class: ``ResNet.init_weights``."""
         found = [(f.f_locals.get("self"), f.f_code.co_name) for f, _ in self.frames]
         owners = [(owner, name) for owner, name in found if isinstance(owner, nn.Module | Runner | BaseLoop)]
-        return f"{type(owners[-1][0]).__name__}.{owners[-1][1]}" if owners else ""
+        if not owners:
+            return ""
+        owner, name = owners[-1]
+        return f"{getattr(owner, '_stock', type(owner)).__name__}.{name}"  # adapt's classes are made at run time
 
 
 def _last(tb: TracebackType | None) -> TracebackType | None:

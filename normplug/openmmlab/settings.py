@@ -128,7 +128,7 @@ VALUES = [
     ("param_scheduler*.by_epoch", *_SWITCH),
     (
         "randomness.seed",
-        lambda v: isinstance(v, int) and _is_whole(v) and v < 2**32,
+        lambda v: _WHOLE[0](v) and v < 2**32,
         "a whole number from 0 to 2**32-1",
     ),
     ("auto_scale_lr.base_batch_size", *_COUNT),
@@ -172,9 +172,9 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
         raise ValueError(
             "param_scheduler is an empty dict: expected a list of dict(type=...), or None for no schedule."
         )
-    if like := nearest(cfg.get("default_scope") or "mmengine", _SCOPES - {cfg.get("default_scope")}):
-        if cfg.default_scope not in _SCOPES | MODELS.children.keys():
-            raise ValueError(f"default_scope={cfg.default_scope!r} is no toolkit: did you mean {like[0]!r}?")
+    scope = cfg.get("default_scope") or "mmengine"
+    if scope not in _SCOPES | MODELS.children.keys() and (like := nearest(scope, _SCOPES)):
+        raise ValueError(f"default_scope={scope!r} is no toolkit: did you mean {like[0]!r}?")
     for path, value in _settings(cfg):
         name = path.rpartition(".")[2]
         if name == "_delete_":
