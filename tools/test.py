@@ -1,7 +1,6 @@
 """Evaluate a checkpoint with the test data and metrics of its config."""
 
 import argparse
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from mmengine.config import Config
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab.cli import build_runner, check_run, config_parser, load_config, require_checkpoint
-from normplug.openmmlab.file_kinds import CheckpointError
+from normplug.openmmlab.mistakes import answered
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +51,7 @@ def augment_tests(cfg: Config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
+    with answered("test.py", args.debug) as answer:
         if args.out is not None and args.out.suffix not in (".pkl", ".pickle"):
             raise ValueError(f"--out writes a pickle file: name it *.pkl, not {args.out.name}.")
         cfg = load_config(args)
@@ -62,19 +61,12 @@ def main(argv: list[str] | None = None) -> int:
             augment_tests(cfg)
         require_checkpoint(args.checkpoint)
         check_run(cfg, ("test_dataloader",), weights=False)
-    except (OSError, ImportError, ValueError) as error:
-        print(f"test.py: {error}", file=sys.stderr)
-        return 2
-    cfg.load_from = args.checkpoint
-    if args.out is not None:
-        metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list | tuple) else [cfg.test_evaluator]
-        cfg.test_evaluator = [*metrics, dict(type="DumpResults", out_file_path=str(args.out))]
-    try:
-        build_runner(cfg).test()
-    except CheckpointError as error:
-        print(f"test.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        cfg.load_from = args.checkpoint
+        if args.out is not None:
+            metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list | tuple) else [cfg.test_evaluator]
+            cfg.test_evaluator = [*metrics, dict(type="DumpResults", out_file_path=str(args.out))]
+        answer.watch(build_runner(cfg)).test()
+    return answer.code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Train the model of a config: mmdet's, mmaction2's or any other mmengine toolkit's."""
 
 import argparse
-import sys
+
+from mmengine.config import Config
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab.cli import (
@@ -15,8 +16,7 @@ from normplug.openmmlab.cli import (
     use_amp,
 )
 from normplug.openmmlab.data_places import LOADERS
-from normplug.openmmlab.file_kinds import CheckpointError
-from normplug.openmmlab.saving import CheckpointNotSavedError, WorkDirInUseError
+from normplug.openmmlab.mistakes import answered
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
+    with answered("train.py", args.debug) as answer:
         cfg = load_config(args)
         if args.amp:
             use_amp(cfg)
@@ -51,28 +51,23 @@ def main(argv: list[str] | None = None) -> int:
             cfg.load_from = None if args.resume == "auto" else args.resume
         if cfg.get("load_from"):
             require_checkpoint(cfg.load_from)
+        set_randomness(cfg, args)
         check_run(cfg, LOADERS[:1] if args.no_validate else LOADERS[:2], weights=True)
-    except (OSError, ImportError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    if args.no_validate:
-        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    randomness = {"seed": None, **(cfg.get("randomness") or {})}  # mmengine draws a seed for None, and needs the key
+        if args.no_validate:
+            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        answer.watch(build_runner(cfg)).train()
+    return answer.code
+
+
+def set_randomness(cfg: Config, args: argparse.Namespace) -> None:
+    given = cfg.get("randomness") or {}
+    randomness = {"seed": None, **given} if isinstance(given, dict) else {"seed": given}
     if args.seed is not None:
         randomness["seed"] = args.seed
     for flag in ("diff_rank_seed", "deterministic"):
         if getattr(args, flag):
             randomness[flag] = True
-    cfg.randomness = randomness
-    try:
-        build_runner(cfg).train()
-    except (CheckpointError, WorkDirInUseError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except CheckpointNotSavedError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    cfg.randomness = randomness  # mmengine draws a seed for None, and needs the key
 
 
 if __name__ == "__main__":

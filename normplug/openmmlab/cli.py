@@ -15,12 +15,15 @@ from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
 from normplug.openmmlab.checkpoints import CheckpointNormHook
+from normplug.openmmlab.config_files import read_config
 from normplug.openmmlab.data_check import check_data
 from normplug.openmmlab.file_kinds import check_kind
+from normplug.openmmlab.mistakes import add_debug
 from normplug.openmmlab.own_data import use_data
 from normplug.openmmlab.pretrained import fetch_weights
 from normplug.openmmlab.random_state import RandomStateHook
 from normplug.openmmlab.replacement import replace_norm
+from normplug.openmmlab.settings import check_launcher, check_settings, check_work_dir, unknown_settings
 
 __all__ = [
     "add_cfg_options",
@@ -31,6 +34,7 @@ __all__ = [
     "override",
     "parse_norm",
     "require_checkpoint",
+    "tell_unknown",
 ]
 
 # What our tools add to every config: checkpoints of another norm are refused, resumed runs go on exactly.
@@ -52,6 +56,7 @@ def config_parser(description: str) -> argparse.ArgumentParser:
         metavar=("TYPE", "KEY=VALUE"),
         help="replace every norm of the model, or those in where=..., such as: GN num_groups=auto where=backbone",
     )
+    add_debug(p)
     p.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return p
@@ -88,10 +93,32 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If a key leads through something that the config has otherwise: a list too short, a number.
     """
-    try:
-        cfg.merge_from_dict(dict(options))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"--cfg-options does not fit the config: {error.args[0]}") from error
+    for path in options:
+        part, names = cfg, path.split(".")
+        for i, name in enumerate(names):
+            where = ".".join(names[:i])
+            if isinstance(part, list | tuple):
+                if not name.isdecimal():
+                    raise ValueError(f"--cfg-options {path}: {where} is a list, expected a number after it.")
+                if int(name) >= len(part):
+                    raise ValueError(
+                        f"--cfg-options {path}: Index {name} exceeds the length of list {where}, which is {len(part)}."
+                    )
+                part = part[int(name)]
+            elif not hasattr(part, "keys"):
+                raise ValueError(f"--cfg-options {path}: {where} is {part!r}, which has no {name!r} in it.")
+            elif name not in part:
+                break
+            else:
+                part = part[name]
+    cfg.merge_from_dict(dict(options))
+
+
+def tell_unknown(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Say on stderr what of --cfg-options nothing will read; ``cfg`` is the config without them."""
+    if is_first():
+        for sentence in unknown_settings(cfg, options):
+            print(f"normplug: {sentence}", file=sys.stderr)
 
 
 def require_checkpoint(name: str | Path) -> None:
@@ -111,19 +138,13 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: If there is no such file, or one that --data needs.
         ModuleNotFoundError: If the config imports a package that is not installed.
-        ValueError: If what --norm says is no norm_cfg, --cfg-options do not fit the config, or the folder of --data
-            holds no data for it.
+        ValueError: If the file is no config, what --norm says is no norm_cfg, --cfg-options do not fit the config, the
+            folder of --data holds no data for it, or --launcher has not started this process.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if not args.config.is_file():
-        raise FileNotFoundError(f"There is no config {args.config}. Those of this project are under configs/.")
-    try:
-        cfg = Config.fromfile(args.config)
-    except (ImportError, ModuleNotFoundError) as error:
-        raise ModuleNotFoundError(
-            f"{args.config} needs a package that cannot be imported: {error}. For the OpenMMLab toolkits: "
-            f'pip install -e ".[openmmlab]"'
-        ) from error
+    check_launcher(args.launcher)
+    cfg = read_config(args.config)
+    tell_unknown(cfg, args.cfg_options)
     override(cfg, args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
     if args.data is not None:
@@ -149,7 +170,9 @@ def is_first() -> bool:
 
 
 def check_run(cfg: Config, loaders: tuple[str, ...], weights: bool) -> None:
-    """Find what a run lacks before it reads data and builds a model, in one of its processes.
+    """Find what a run lacks before it reads data and builds a model.
+
+    Settings in each of its processes, data and weights in one of them.
 
     Args:
         cfg: The config as it will be run.
@@ -157,9 +180,12 @@ def check_run(cfg: Config, loaders: tuple[str, ...], weights: bool) -> None:
         weights: Whether it starts from pre-trained weights; they are downloaded now where they are not there.
 
     Raises:
-        ValueError: If something is wrong with the data.
+        ValueError: If a setting is missing or cannot be meant, or something is wrong with the data.
+        OSError: If data are missing, or the work dir cannot be written to.
         MissingWeightsError: If the weights cannot be had.
     """
+    check_settings(cfg, loaders)
+    check_work_dir(cfg.work_dir)
     if is_first():
         check_data(cfg, loaders)
         if weights:
@@ -199,6 +225,8 @@ def use_amp(cfg: Config) -> None:
     """
     if not torch.cuda.is_available():
         raise ValueError("--amp needs a GPU and none is visible. Leave the flag out to train in float32.")
+    if not isinstance(cfg.get("optim_wrapper"), dict):
+        raise ValueError("--amp changes optim_wrapper, and this config has none: expected optim_wrapper=dict(...).")
     kind = cfg.optim_wrapper.get("type", "OptimWrapper")
     if kind not in ("OptimWrapper", "AmpOptimWrapper"):
         raise ValueError(

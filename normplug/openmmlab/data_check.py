@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from normplug.openmmlab.data_files import CocoFile, missing_files, read_coco, read_list, some
+from normplug.openmmlab.data_files import CocoFile, empty_files, missing_files, read_coco, read_list, some
 from normplug.openmmlab.data_places import LOADERS, class_counts, data_sets, dataset_class, evaluators, is_kind
 
 __all__ = ["check_data"]
@@ -20,8 +20,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
     """Refuse a config whose data is missing, is in another form, or has other classes than the model.
 
     It looks into data sets of mmdet that read COCO's json and mmaction2's VideoDataset and RawframeDataset, in wrappers
-    too, and leaves alone those that read or make their files in a way of their own, or from elsewhere than a disk. What
-    may be meant is told on stderr only.
+    too, and leaves alone those that read or make their files in a way of their own, or from elsewhere than a disk; of
+    our digits that are still to be made it looks at the classes. What may be meant is told on stderr only.
 
     Args:
         cfg: A config as it will be run.
@@ -35,13 +35,16 @@ def check_data(cfg: Config, loaders: tuple[str, ...] = LOADERS) -> None:
         if not path.startswith(loaders):
             continue
         kind = dataset_class(cfg, dataset)
+        split = path.partition("_")[0]
+        if _makes_its_files(kind, dataset):
+            _check_counts(cfg, path, _classes(path, dataset, kind))
+            continue
         if not _reads_as_usual(kind, dataset):
             continue
-        split = path.partition("_")[0]
         if is_kind(kind, "CocoDataset"):
             _check_coco(cfg, split, path, dataset, kind)
         else:
-            _check_videos(cfg, split, path, dataset, frames=is_kind(kind, "RawframeDataset"))
+            _check_videos(cfg, split, path, dataset, kind)
 
 
 def _reads_as_usual(kind: type | None, dataset: dict) -> bool:
@@ -51,8 +54,18 @@ def _reads_as_usual(kind: type | None, dataset: dict) -> bool:
     for name in ("CocoDataset", "VideoDataset", "RawframeDataset"):
         if is_kind(kind, name):
             base = next(base for base in kind.__mro__ if base.__name__ == name)
-            return kind.load_data_list is base.load_data_list and kind.__init__ is base.__init__
+            own = kind.__init__ is not base.__init__ and not _is_ours(kind)
+            return kind.load_data_list is base.load_data_list and not own
     return False
+
+
+def _is_ours(kind: type | None) -> bool:
+    return getattr(kind, "__module__", "").startswith("normplug.")
+
+
+def _makes_its_files(kind: type | None, dataset: dict) -> bool:
+    """Whether the files will be made when the data set is built, as those of our digits on first use."""
+    return _is_ours(kind) and not Path(dataset.get("data_root") or "", dataset.get("ann_file") or "").is_file()
 
 
 # --- boxes and masks
@@ -75,11 +88,7 @@ def _check_coco(cfg: Config, split: str, path: str, dataset: dict, kind: type) -
             raise FileNotFoundError(f"{name}.ann_file: there is no file {metric['ann_file']}; {_remedy(split)}.")
     content = read_coco(file)
     _check_classes(path, dataset, classes, content)
-    if wrong := [f"{place}.{key}={value}" for place, _, key, value in class_counts(cfg) if value != len(classes)]:
-        raise ValueError(
-            f"{path} has {len(classes)} classes ({some(classes)}), and the model has {some(wrong, 20)}: set "
-            f"{'it' if len(wrong) == 1 else 'them'} to {len(classes)}, or {_ALL_PLACES}."
-        )
+    _check_counts(cfg, path, classes)
     measures = [metric for _, metric in metrics if not metric.get("format_only")]
     if split == "train" or measures:
         _check_annotated(split, path, dataset, classes, content, measures)
@@ -91,6 +100,24 @@ def _check_coco(cfg: Config, split: str, path: str, dataset: dict, kind: type) -
         raise FileNotFoundError(
             f"{len(missing)} of the {len(names)} images in {file} are not in {folder}, the first is {missing[0]!r}: "
             f"put them there, or set {path}.data_prefix."
+        )
+    _check_not_empty(file, folder, names, "images")
+
+
+def _check_counts(cfg: Config, path: str, classes: tuple[str, ...]) -> None:
+    """Refuse a model whose heads have another number of classes than the data."""
+    if wrong := [f"{place}.{key}={value}" for place, _, key, value in class_counts(cfg) if value != len(classes)]:
+        raise ValueError(
+            f"{path} has {len(classes)} classes ({some(classes)}), and the model has {some(wrong, 20)}: set "
+            f"{'it' if len(wrong) == 1 else 'them'} to {len(classes)}, or {_ALL_PLACES}."
+        )
+
+
+def _check_not_empty(file: Path, folder: Path, names: list[str] | tuple[str, ...], what: str) -> None:
+    if empty := empty_files(folder, names):
+        raise ValueError(
+            f"{len(empty)} of the {len(names)} {what} in {file} are empty (0 bytes), the first is "
+            f"{str(folder / min(empty))!r}: put the whole files there, or take them out of the list."
         )
 
 
@@ -162,6 +189,8 @@ def _check_annotated(
             f"{content.path} has {'no' if content.annotated else 'no list of'} annotations of the classes "
             f"{some(classes)}: expected boxes for {path}."
         )
+    if split == "train":
+        _tell_odd_boxes(content, boxes)
     steps = dataset.get("pipeline") or ()
     measured = [name for metric in metrics for name in _as_list(metric.get("metric", "bbox"))]
     wants = "segm" in measured if split != "train" else any(step.get("with_mask") for step in steps)
@@ -170,6 +199,19 @@ def _check_annotated(
             f"{content.path} has no mask (segmentation) in {boxes - content.masks} of {boxes} annotations, and {path} "
             f"is for a model with masks: add them, or train a model of boxes, such as Faster R-CNN."
         )
+
+
+def _tell_odd_boxes(content: CocoFile, used: int) -> None:
+    for odd, least, what in (
+        (content.unused, 0, "are not trained on: they have no width, height or area, or lie outside of their image"),
+        (content.beyond, used / 10, "reach beyond their image: is their form [x1, y1, x2, y2]"),
+    ):
+        if len(odd) > least:
+            print(
+                f"normplug: {len(odd)} of the boxes in {content.path} ({used} are used) {what}; the first is "
+                f"annotation {odd[0]['id']}, {odd[0]['bbox']}, expected [x, y, width, height] in pixels",
+                file=sys.stderr,
+            )
 
 
 def _as_list(value: Any) -> list:
@@ -195,7 +237,8 @@ def _check_same(name: str, compared: CocoFile, path: str, content: CocoFile) -> 
 # --- videos
 
 
-def _check_videos(cfg: Config, split: str, path: str, dataset: dict, frames: bool) -> None:
+def _check_videos(cfg: Config, split: str, path: str, dataset: dict, kind: type) -> None:
+    frames = is_kind(kind, "RawframeDataset")
     root = dataset.get("data_root") or ""
     file = _present(f"{path}.ann_file", root, dataset.get("ann_file"), split)
     prefix = (dataset.get("data_prefix") or {}).get("img" if frames else "video") or ""
@@ -208,7 +251,7 @@ def _check_videos(cfg: Config, split: str, path: str, dataset: dict, frames: boo
         multi_class=multi_class,
         offset=bool(dataset.get("with_offset")),
     )
-    classes = (dataset.get("metainfo") or {}).get("classes")
+    classes = (dataset.get("metainfo") or {}).get("classes", kind.METAINFO.get("classes"))
     largest = max(content.labels)
     counts = [(f"{place}.{key}", value) for place, _, key, value in class_counts(cfg)]
     if multi_class:
@@ -229,6 +272,8 @@ def _check_videos(cfg: Config, split: str, path: str, dataset: dict, frames: boo
             f"{len(missing)} of the {len(content.names)} {'folders' if frames else 'videos'} in {file} are not in "
             f"{folder}, the first is {missing[0]!r}: put them there, or set {path}.data_prefix."
         )
+    if not frames:
+        _check_not_empty(file, folder, content.names, "videos")
     if split == "train":
         for name, value in counts:
             if absent := [label for label in range(value) if label not in content.labels]:
