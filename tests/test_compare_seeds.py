@@ -150,7 +150,7 @@ def test_further_checkpoints_that_are_refused(video, tmp_path, capsys, monkeypat
         (["--more-b", more[0], "--more-a", pair[1]], f"{pair[1]} of A holds the same weights"),
         (["--more-a", more[0]], f"{more[0]} does not fit {pair[0]}. The checkpoint's norms are not the model's"),
         (["--more-b", more[0], small], f"{small} does not fit {pair[2]}. "),
-        (["--more-b", nothing], f"{nothing} holds no weights"),
+        (["--more-b", nothing], f"{nothing} holds a list of 2 in place of weights"),
         (["--more-b", "none.pth"], "There is no checkpoint none.pth"),
     ]:
         assert tool.main([*pair, *flags, *others]) == 2

@@ -12,6 +12,8 @@ from torch import nn
 
 from normplug.openmmlab.checkpoints import check_norms
 from normplug.openmmlab.cli import config_parser, load_config
+from normplug.openmmlab.file_kinds import check_kind
+from normplug.openmmlab.weight_checks import check_fit, check_weights, weights_of
 
 __all__ = ["Side", "check_comparable", "evaluators", "metrics_of", "names_of", "task_of"]
 
@@ -33,6 +35,7 @@ class Side:
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
+        CheckpointError: If the checkpoint is a file of another kind.
         ModuleNotFoundError: If the config imports a package that is not installed.
     """
 
@@ -45,8 +48,7 @@ class Side:
         args = config_parser("").parse_args([str(self.config)])  # every flag has its default
         args.cfg_options = self.options
         self.cfg: Config = load_config(args)
-        if not self.checkpoint.is_file():
-            raise FileNotFoundError(f"There is no checkpoint {self.checkpoint} for {self.config}.")
+        check_kind(self.checkpoint)
 
     def build(self) -> nn.Module:
         """Return the model with the checkpoint's weights, in evaluation mode, on the CPU.
@@ -57,12 +59,9 @@ class Side:
         """
         model = MODELS.build(self.cfg.model)
         checkpoint = CheckpointLoader.load_checkpoint(str(self.checkpoint), map_location="cpu")
-        weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-        if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
-            raise ValueError(
-                f"{self.checkpoint} holds no weights: expected a dict of tensors by name, or its state_dict."
-            )
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        weights = {key.removeprefix("module."): value for key, value in weights_of(checkpoint).items()}
+        check_weights(weights, self.checkpoint, [name for name, _ in model.named_parameters()])
+        check_fit(model, weights, self.checkpoint)
         try:
             check_norms(model, weights)
             missing, left = model.load_state_dict(weights, strict=False)
