@@ -28,6 +28,7 @@ from random_calls import (
 
 from normplug.layers import BatchNormAct
 from normplug.ops._common import ACTIVATIONS
+from normplug.registry import MODELS
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -173,7 +174,9 @@ def test_transforms_of_functions_in_a_layout_that_does_not_tell(training):
 
 WRONG_ONCE = {
     "gradient of tokens, training": Call("SyncBN", {"eps": 1e-5, **BN}, (8, 16, 3, 1), F32, F32, TOKENS, PLAIN),
-    "gradient of tokens, half": Call("BNAct", {"eps": 1e-5, **BN}, (8, 16, 3, 1), BF16, F32, TOKENS, PLAIN),
+    "gradient of tokens, half": Call(
+        "BNAct", {"eps": 1e-5, **BN}, (8, 16, 3, 1), BF16, F32, TOKENS, PLAIN, training=False
+    ),
     "gradient of tokens, frozen": Call("FrozenBatchNorm", {"eps": 1e-5}, (8, 16, 3, 1), F32, F32, TOKENS, PLAIN),
     "gradient of tokens, CBN in evaluation": Call(
         "CBN", {"eps": 1e-5, **BN, **CBN}, (8, 16, 3, 1), F32, F32, TOKENS, PLAIN, training=False
@@ -213,6 +216,24 @@ WRONG_ONCE = {
 }
 
 
+WRONG_ONCE["GN of one channel that looks channels-last, mean 1000"] = Call(
+    "GN", {"eps": 1e-5, "num_groups": 1}, (2, 1, 3, 9), F32, F32, Layout((0, 2, 3, 1), (1, 1, 1, 1)), PLAIN, mean=1000.0
+)
+WRONG_ONCE["convolution of one position, ended in an error"] = Call(
+    "ConvWS1d",
+    {"eps": 1e-5, "correction": 1, "eps_inside": False},
+    (1, 8, 1),
+    F64,
+    F64,
+    Layout((0, 1, 2), (1, 1, 1), spare=7),
+    Layout((0, 1, 2), (1, 1, 1)),
+    conv={"in_channels": 8, "out_channels": 2, "groups": 2, "kernel_size": 3, "padding": 1, "stride": 2},
+)
+WRONG_ONCE["tau of FRN that no value meets"] = Call(
+    "FRN", {"eps": 1e-6}, (2, 4, 9, 9), F32, F32, PLAIN, Layout((0, 2, 3, 1), (1, 1, 1, 1)), mean=1000.0
+)
+
+
 @pytest.mark.parametrize("what", WRONG_ONCE)
 def test_what_was_wrong_once(what):
     for seed in range(5):
@@ -229,3 +250,10 @@ def test_derivatives_of_activations_are_as_exact_as_their_type(act, dtype):
     got = derivative(z)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["BNAct", "SyncBN", "CBN"])
+def test_a_single_value_has_no_statistics_in_evaluation_either(name):
+    layer = MODELS.get(name)(6, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match=r"single value per channel: got .*\(1, 6, 1, 1\).*with running statistics"):
+        layer(torch.randn(1, 6, 1, 1))

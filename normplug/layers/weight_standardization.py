@@ -9,7 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from normplug.layers._checks import checked
-from normplug.ops._common import check_tensor
+from normplug.ops._common import check_tensor, with_plain_strides
 from normplug.ops.weight_standardize import weight_standardize, weight_standardize_many
 
 # fold_ws and standardize_together are no layers, and what __all__ names is registered as one
@@ -17,8 +17,8 @@ __all__ = ["WSConv1d", "WSConv2d", "WSConv3d"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-torch.fx.wrap("weight_standardize")  # symbolic tracing stops here: inside, it would meet its checks
-torch.fx.wrap("check_tensor")
+for _name in ("weight_standardize", "check_tensor", "with_plain_strides"):
+    torch.fx.wrap(_name)  # symbolic tracing stops here: inside, it would meet their checks
 
 
 class _WSConv(nn.Module):
@@ -71,6 +71,8 @@ class _WSConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor(type(self).__name__, x)
+        if not torch.jit.is_tracing():
+            x = with_plain_strides(x)  # others that an axis of length 1 may have end in an error in backward, on a CPU
         return super()._conv_forward(x, self.standardized_weight(), self.bias)
 
     def standardized_weight(self) -> Tensor:

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -144,19 +144,30 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def with_plain_strides(x: Tensor) -> Tensor:
-    """Return a channels-last x (N, C, *), or a view of it whose axes of length 1 have the strides of that layout too.
+    """Return a contiguous or channels-last x (N, C, *) with axes of length 1 that have that layout's strides: a view.
 
-    They may have any, and torch then takes the tensor for a contiguous one: it returns such outputs and gradients.
+    They may have any, and torch then takes one layout for the other. What has neither layout is returned as it is.
     """
     if 1 not in x.shape:
         return x
+    if x.is_contiguous():
+        return (
+            x if _has_strides(x, range(x.ndim - 1, -1, -1)) else x.view(-1).view(x.shape)
+        )  # a view writes strides anew
+    last = x.movedim(1, -1)
+    if not last.is_contiguous() or _has_strides(x, (1, *range(x.ndim - 1, 1, -1), 0)):
+        return x
+    return last.view(last.shape).movedim(-1, 1)
+
+
+def _has_strides(x: Tensor, axes: Iterable[int]) -> bool:
+    """Tell whether x has the strides of a tensor that lies densely in memory, with the first of the axes innermost."""
     step = 1
-    for axis in (1, *range(x.ndim - 1, 1, -1), 0):
+    for axis in axes:
         if x.stride(axis) != step:
-            last = x.movedim(1, -1)
-            return last.view(last.shape).movedim(-1, 1)  # a view writes the strides anew
+            return False
         step *= x.shape[axis]
-    return x
+    return True
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:

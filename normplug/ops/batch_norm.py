@@ -196,9 +196,7 @@ def stock_batch_norm(
         return F.batch_norm(x, *args)
     if x.is_contiguous():
         return F.batch_norm(x.flatten(2), *args).view(x.shape)
-    if x.movedim(1, -1).is_contiguous():
-        x = with_plain_strides(x)
-    return F.batch_norm(x, *args)
+    return F.batch_norm(with_plain_strides(x), *args)
 
 
 def _count(x: Tensor) -> int:
