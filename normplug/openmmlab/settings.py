@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, Registry, root
@@ -349,6 +350,11 @@ def check_launcher(launcher: str) -> None:
         raise ValueError(
             f"--launcher {launcher} needs {some(missing)} in the environment, which its launcher sets: start it with "
             f"{command}, or leave --launcher out to run in one process."
+        )
+    if launcher == "pytorch" and 0 < (gpus := torch.cuda.device_count()) <= int(os.environ["LOCAL_RANK"]):
+        raise ValueError(
+            f"torchrun has started more processes than there are GPUs: LOCAL_RANK={os.environ['LOCAL_RANK']}, and "
+            f"{gpus} GPUs are visible; expected one process per GPU (--nproc_per_node={gpus})."
         )
     for name in names[:2]:
         if not os.environ[name].isdecimal():
