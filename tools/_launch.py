@@ -67,8 +67,8 @@ def check(processes: int) -> tuple[int, int, str, int]:
             socket.create_server(("", port), family=family(address, port)).close()
         except OSError as error:
             raise LaunchError(
-                f"PORT={port} cannot be used ({os.strerror(error.errno or 0)}): another run may have it; choose another, "
-                f"such as PORT={free_port()}, on every node."
+                f"PORT={port} cannot be used ({os.strerror(error.errno or 0)}): another run may have it; choose "
+                f"another, such as PORT={free_port()}, on every node."
             ) from error
     return nodes, rank, address, port
 

@@ -299,7 +299,7 @@ def _file(trace: _Trace) -> str | None:
     if not isinstance(error, OSError) or not error.filename:
         return None
     if isinstance(error, FileNotFoundError):
-        return f"There is no {error.filename}" + _of(trace) + "."
+        return f"There is no file {error.filename}" + _of(trace) + "."
     return f"{error.filename}: {error.strerror}" + _of(trace) + "."
 
 
