@@ -117,7 +117,7 @@ def meet(nodes: int, rank: int, address: str, port: int, seconds: float) -> None
                 f"NNODES={nodes} and this script, or has another program the port?"
             ) from error
         try:
-            connection.settimeout(max(end - time.monotonic(), 1))
+            connection.settimeout(max(end - time.monotonic(), 0) + 5)  # node 0 is to give up first, and say why
             refused = read(line)["refused"]
         except (OSError, ValueError, KeyError) as error:
             raise LaunchError(f"node 0 at {where} has gone before all {nodes} nodes were there.") from error
