@@ -26,7 +26,16 @@ MMPRETRAIN = ["mmpretrain==1.2.0"]
 TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
 TEST += [*MMSEG, *MMPRETRAIN]
 # Tools for a training and its result; the others are for this repository.
-TOOLS = ["train.py", "test.py", "_dist.sh", "dist_train.sh", "dist_test.sh", "slurm_train.sh", "quickstart.py"]
+TOOLS = [
+    "train.py",
+    "test.py",
+    "_dist.sh",
+    "_launch.py",
+    "dist_train.sh",
+    "dist_test.sh",
+    "slurm_train.sh",
+    "quickstart.py",
+]
 TOOLS += ["make_digits.py", "small_batch_study.py", "compare_checkpoints.py", "convert_checkpoint.py"]
 # With build isolation sys.path does not show the environment that is installed into; its folder is known all the same.
 site = sysconfig.get_path("purelib")

@@ -15,6 +15,7 @@ from torch import nn
 
 import normplug
 from normplug import bench
+from normplug.openmmlab.mistakes import add_debug, answered
 from normplug.registry import config_names
 from normplug.reporting import markdown_table
 
@@ -132,14 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    for command in commands.choices.values():
+        add_debug(command)
     args = p.parse_args(argv)
-    if args.command == "bench":
-        return bench.main(args)
-    if args.command == "list":
-        print_list(args.markdown)
-    else:
-        print_env()
-    return 0
+    with answered("normplug", args.debug) as answer:
+        if args.command == "bench":
+            answer.code = bench.main(args)
+        elif args.command == "list":
+            print_list(args.markdown)
+        else:
+            print_env()
+    return answer.code
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import normplug  # noqa: F401  registers the layers, and lets the toolkits impor
 from normplug.bench import choose_device, write_json
 from normplug.bench.facts import describe, facts
 from normplug.bench.measure import quantile
+from normplug.openmmlab.mistakes import add_debug, answered
 from normplug.openmmlab.recompute import recompute_norms
 from normplug.reporting import markdown_table
 
@@ -406,6 +407,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="write all results there, as JSON")
     p.add_argument("--table", type=Path, metavar="JSON", help="run nothing: print the tables of what --out wrote")
     p.add_argument("--commit", help="of normplug, where its folder is no git repository")
+    add_debug(p)
     p.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of its own is to run
     args = p.parse_args(argv)
     for name in ("warmup", "iterations"):
@@ -416,6 +418,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    with answered("benchmark_train.py", args.debug) as answer:
+        answer.code = run(args, sys.argv[1:] if argv is None else argv)
+    return answer.code
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Do what the arguments, which are also ``argv`` as it was typed, ask for. Returns the exit code."""
     if args.table:
         print(markdown(json.loads(args.table.read_text())))
         return 0
@@ -427,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = train(Variant(**json.loads(args.variant)), device, args.size == "tiny", args.warmup, args.iterations)
         print(MARK + json.dumps(asdict(result)))
         return 0
-    command = ["python", "tools/benchmark_train.py", *(sys.argv[1:] if argv is None else argv)]
+    command = ["python", "tools/benchmark_train.py", *argv]
     result = {"kind": "training steps", "facts": facts(device, command, args.commit), "size": args.size}
 
     def save(results: Sequence[Result]) -> None:

@@ -19,6 +19,7 @@ import normplug  # noqa: F401  registers the layers, and lets the toolkits impor
 from normplug.bench import choose_device
 from normplug.bench.facts import facts
 from normplug.openmmlab.cli import add_cfg_options
+from normplug.openmmlab.mistakes import add_debug, answered
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,6 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=3.0, help="of timing per batch size and model (default: 3)")
     p.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)")
     add_cfg_options(p, "both configs")
+    add_debug(p)
     args = p.parse_args(argv)
     if args.resamples < 1:
         p.error(f"--resamples must be 1 or more, got {args.resamples}")
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from normplug.openmmlab.comparison.sides import Side
     from normplug.openmmlab.training_runs import toolkit_versions
 
-    try:
+    with answered("compare_checkpoints.py", args.debug) as answer:
         a = Side("A", args.config_a, args.checkpoint_a, args.cfg_options)
         b = Side("B", args.config_b, args.checkpoint_b, args.cfg_options)
         more = [
@@ -99,17 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             cache=Cache(args.cache),
             more=more,
         )
-    except (OSError, ImportError, ValueError) as error:
-        print(f"compare_checkpoints.py: {error}", file=sys.stderr)
-        return 2
-    command = ["python", "tools/compare_checkpoints.py", *(sys.argv[1:] if argv is None else argv)]
-    folder = args.out or Path("work_dirs", "compare", "_vs_".join(comparison.names))
-    found = facts(device, command)
-    versions = {name: version for name, version in found.pop("versions").items() if version} | toolkit_versions()
-    paths = report.write(comparison, folder, found | versions)
-    print(report.brief(comparison))
-    print("", *paths, sep="\n")
-    return 0
+        command = ["python", "tools/compare_checkpoints.py", *(sys.argv[1:] if argv is None else argv)]
+        folder = args.out or Path("work_dirs", "compare", "_vs_".join(comparison.names))
+        found = facts(device, command)
+        versions = {name: version for name, version in found.pop("versions").items() if version} | toolkit_versions()
+        paths = report.write(comparison, folder, found | versions)
+        print(report.brief(comparison))
+        print("", *paths, sep="\n")
+    return answer.code
 
 
 if __name__ == "__main__":

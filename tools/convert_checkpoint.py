@@ -8,18 +8,18 @@ Exit code: 0 converted; 2 refused, and nothing is written: wrong arguments, or a
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 
 import normplug
 from normplug.openmmlab.atomic import atomic_write
-from normplug.openmmlab.cli import add_cfg_options, override
+from normplug.openmmlab.cli import add_cfg_options, override, tell_unknown
+from normplug.openmmlab.config_files import read_config
 from normplug.openmmlab.formats.conversion import convert
 from normplug.openmmlab.formats.files import read_checkpoint
 from normplug.openmmlab.formats.names import FORMATS, IMAGES, understand
+from normplug.openmmlab.mistakes import add_debug, answered
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -28,6 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("out", type=Path, metavar="OUT.pth", help="where to write the converted one")
     p.add_argument("--config", type=Path, required=True, help="config whose model is to load it")
     add_cfg_options(p)
+    add_debug(p)
     p.add_argument("--format", choices=["auto", *FORMATS], default="auto", help="default: recognized by the keys")
     p.add_argument(
         "--part",
@@ -50,10 +51,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        if not args.config.is_file():
-            raise FileNotFoundError(f"There is no config {args.config}. Those of this project are under configs/.")
-        cfg = Config.fromfile(args.config)
+    with answered("convert_checkpoint.py", args.debug) as answer:
+        cfg = read_config(args.config)
+        tell_unknown(cfg, args.cfg_options)
         override(cfg, args.cfg_options)
         source = understand(
             read_checkpoint(args.source),
@@ -74,12 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out) as file:
             torch.save(dict(state_dict=converted.state_dict, meta=dict(meta, normplug=normplug.__version__)), file)
-    except (OSError, ImportError, ValueError, RuntimeError) as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    print(converted.report())
-    print(f"\nWritten: {args.out}, {len(converted.state_dict)} tensors.")
-    return 0
+        print(converted.report())
+        print(f"\nWritten: {args.out}, {len(converted.state_dict)} tensors.")
+    return answer.code
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab import training_runs
+from normplug.openmmlab.mistakes import add_debug, answered
+from normplug.openmmlab.settings import check_work_dir
 from normplug.openmmlab.training_runs import NORMS, TASKS, Outcome, Training, spread
 from normplug.reporting import Report, markdown_table, write_json
 
@@ -55,6 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--epochs", type=int, help="length of training; default: the config's")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto: the first GPU if there is one")
     p.add_argument("--work-dir", type=Path, help="default: work_dirs/quickstart/TASK")
+    add_debug(p)
     args = p.parse_args(argv)
     for name in ("batch_size", "seeds", "epochs"):
         value = getattr(args, name)
@@ -204,6 +207,14 @@ def _logs(run: Run, args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    with answered("quickstart.py", args.debug) as answer:
+        answer.code = compare(args)
+    return answer.code
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Train what was asked for, one run after the other, and report. Returns the exit code."""
+    check_work_dir(args.work_dir)
     start = time.time()
     console = Console(stderr=True)
     console.print(f"{args.task}: {len(args.norms)} norm(s) x {args.seeds} seed(s), logs in {args.work_dir}")

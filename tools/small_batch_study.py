@@ -38,6 +38,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import normplug  # noqa: F401  registers the layers, and lets the toolkits import
 from normplug.openmmlab import training_runs
+from normplug.openmmlab.mistakes import add_debug, answered
+from normplug.openmmlab.settings import check_work_dir
 from normplug.openmmlab.training_runs import NORMS, TASKS, Outcome, Training, spread
 from normplug.reporting import Report, markdown_table, write_json
 
@@ -169,6 +171,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
     p.add_argument("--jobs", type=int, help="trainings at a time; default: as many as the devices hold")
     p.add_argument("--work-dir", type=Path, help="default: work_dirs/small_batch_study/PRESET")
+    add_debug(p)
     args = p.parse_args(argv)
     for name in ("seeds", "epochs", "gpus", "jobs"):
         value = getattr(args, name)
@@ -477,9 +480,16 @@ def write_report(args: argparse.Namespace, study: Study, seconds: float) -> list
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    with answered("small_batch_study.py", args.debug) as answer:
+        answer.code = run(args)
+    return answer.code
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is not yet trained, and report. Returns the exit code."""
     start = time.time()
     console = Console(stderr=True)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    check_work_dir(args.work_dir)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     with (args.work_dir / "lock").open("w") as lock:
         try:

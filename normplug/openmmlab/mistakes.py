@@ -299,7 +299,7 @@ def _file(trace: _Trace) -> str | None:
     if not isinstance(error, OSError) or not error.filename:
         return None
     if isinstance(error, FileNotFoundError):
-        return f"There is no {error.filename}" + _of(trace) + "."
+        return f"There is no file {error.filename}" + _of(trace) + "."
     return f"{error.filename}: {error.strerror}" + _of(trace) + "."
 
 
@@ -449,7 +449,8 @@ def _unknown_cause(trace: _Trace) -> str:
         told += f" (in {file}, line {trace.last.tb_lineno}" + (f": {line})" if line and not trace.message else ")")
     if not place and (method := trace.method()):
         told = f"{method} ended in {told}"
-    whose = f"{place} cannot be built or run" if place else "This run has ended before its first iteration"
+    whose = "This run has ended before its first iteration" if trace.config() else "This cannot be done"
+    whose = f"{place} cannot be built or run" if place else whose
     return f"{whose}: {told}; --debug shows the whole traceback."
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, Registry, root
@@ -235,12 +236,12 @@ def unknown_settings(cfg: Config, options: Mapping[str, Any]) -> list[str]:
         if not (like or complete):
             continue  # a dict that may hold anything
         rest = path[len(f"{where}.{name}" if where else name) :]
-        hint = (
-            FORMER.get(name)
-            or next((FORMER[key] for key in nearest(name, FORMER) if not where), None)
-            or (like and (f"{where}.{like[0]}" if where else like[0]) + rest)
-        )
-        hint = hint or next((known for known in _paths(cfg) if known.endswith(f".{path.split('.')[-1]}")), None)
+        paths = list(_paths(cfg))
+        hints = [FORMER[key] for key in ([name] if name in FORMER else nearest(name, FORMER)) if not where]
+        hints += [known for known in paths if known.endswith(f".{path}")]
+        hints += [(f"{where}.{known}" if where else known) + rest for known in like]
+        hints += [known for known in paths if known.endswith(f".{path.split('.')[-1]}")]
+        hint = hints[0] if hints else None
         place = f"{where} (of type {part['type']})" if isinstance(part.get("type"), str) else where
         told.append(
             f"--cfg-options {path}: nothing reads {name!r} {f'in {place}' if where else 'at the top level'}; "
@@ -294,11 +295,15 @@ def classes_named(kind: Any, scope: str | None) -> list[type]:
     if not isinstance(kind, str):
         return [kind]
     found = []
-    for registry in vars(root).values():
-        if isinstance(registry, Registry):
-            with registry.switch_scope_and_registry(scope) as here:
-                found += [here.get(kind)]
-    return [cls for cls in found if cls is not None]
+    for registry in (registry for registry in vars(root).values() if isinstance(registry, Registry)):
+        # As a build does, the toolkit's own first; but nothing is logged of those that a toolkit has not.
+        for here in (registry.children.get(scope), registry):
+            if here is not None:
+                here.import_from_location()
+                if kind in here.module_dict:
+                    found.append(here.module_dict[kind])
+                    break
+    return found
 
 
 def accepted_arguments(kind: Any) -> tuple[set[str], bool]:
@@ -349,6 +354,11 @@ def check_launcher(launcher: str) -> None:
         raise ValueError(
             f"--launcher {launcher} needs {some(missing)} in the environment, which its launcher sets: start it with "
             f"{command}, or leave --launcher out to run in one process."
+        )
+    if launcher == "pytorch" and 0 < (gpus := torch.cuda.device_count()) <= int(os.environ["LOCAL_RANK"]):
+        raise ValueError(
+            f"torchrun has started more processes than there are GPUs: LOCAL_RANK={os.environ['LOCAL_RANK']}, and "
+            f"{gpus} GPUs are visible; expected one process per GPU (--nproc_per_node={gpus})."
         )
     for name in names[:2]:
         if not os.environ[name].isdecimal():
