@@ -1,5 +1,6 @@
 """Settings of a run that are mistyped, told before anything is built: the toolkits meet them late, or never."""
 
+import contextlib
 import inspect
 import math
 import os
@@ -299,7 +300,8 @@ def classes_named(kind: Any, scope: str | None) -> list[type]:
         # As a build does, the toolkit's own first; but nothing is logged of those that a toolkit has not.
         for here in (registry.children.get(scope), registry):
             if here is not None:
-                here.import_from_location()
+                with contextlib.suppress(ImportError):  # mmaction2 1.2.0 gives a place that is not there
+                    here.import_from_location()
                 if kind in here.module_dict:
                     found.append(here.module_dict[kind])
                     break
