@@ -6,8 +6,8 @@ prints the worst error of each layer and dtype, and each call that was wrong in 
 draws, few and always the same, are a test (``test_random_calls.py``).
 
 An error is counted in units of the last place of the largest value, and the units allowed are those of
-``test_layers.py``. Where a formula enlarges rounding errors, as over two values per channel, more is allowed: what
-becomes of its result when each of its operations, forward and backward, rounds its arguments.
+``test_layers.py``. Where a formula enlarges rounding errors, as over two values per channel, more is allowed: eight
+times what becomes of its result when each of its operations, forward and backward, rounds its arguments.
 """
 
 import argparse
@@ -622,6 +622,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layer", choices=LAYERS)
     args = parser.parse_args()
+    if args.cases < 1:
+        parser.error(f"--cases is the number of calls, 1 or more, but got {args.cases}.")
     torch.set_num_threads(1)
     rows, wrong, too_close = campaign(args.cases, args.seed, args.layer)
     print(table(rows))

@@ -175,21 +175,13 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
-def _silu_grad(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-def _gelu_grad(z: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z * z) * 0.3989422804014327
-
-
-# name -> (function, derivative), both of the value before the activation
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "relu": (F.relu, lambda z: (z > 0).to(z.dtype)),
-    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda z: torch.where(z > 0, torch.ones_like(z), 0.01)),
-    "silu": (F.silu, _silu_grad),
-    "gelu": (F.gelu, _gelu_grad),
+_aten = torch.ops.aten
+# name -> (function, gradient of its argument z from that of its result): one pass, in the precision and layout of z
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (F.relu, lambda dy, z: _aten.threshold_backward(dy, z, 0)),
+    "leaky_relu": (lambda z: F.leaky_relu(z, 0.01), lambda dy, z: _aten.leaky_relu_backward(dy, z, 0.01, False)),
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu": (F.gelu, _aten.gelu_backward),
 }
 
 
@@ -219,15 +211,10 @@ def for_backward(act: str | None, residual: Tensor | None, y: Tensor) -> tuple[s
 
 
 def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
-    """Return dy times the derivative of the activation at z (for ``RELU_OF_OUTPUT`` at what gave z)."""
+    """Return the gradient of z from that of its activation (for ``RELU_OF_OUTPUT`` z is what the activation gave)."""
     if act is None:
         return dy
-    if act in (
-        "relu",
-        RELU_OF_OUTPUT,
-    ):  # by far the most common: one pass without a mask, and masked_fill forgets channels-last
-        return torch.ops.aten.threshold_backward(dy, z, 0)
-    return dy * ACTIVATIONS[act][1](z)
+    return ACTIVATIONS["relu" if act == RELU_OF_OUTPUT else act][1](dy, z)
 
 
 def use_kernel(op: CustomOpDef, reference: Callable[..., Any], kernel: str) -> None:
