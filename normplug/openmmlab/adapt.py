@@ -520,10 +520,11 @@ def _explain(error: KeyError, cfg: Any, registry: Registry) -> str | None:
             if "Cannot find None" in message and key.endswith("_cfg") and registry.get(name) is None:
                 like = nearest(name, MODELS.module_dict)
                 known = sorted(key for key, cls in MODELS.module_dict.items() if cls.__module__.startswith("normplug."))
+                hint = f"Did you mean {like[0]}?" if like else "Check the spelling."
                 return (
                     f"{key}=dict(type={name!r}) names a layer that nobody has registered (searched from scope "
-                    f"{registry.scope!r} upwards). {f'Did you mean {like[0]}?' if like else 'Check the spelling.'} The "
-                    f"package that has it has to be in custom_imports. normplug has {', '.join(known)}; mmcv has BN, LN, IN and their kin."
+                    f"{registry.scope!r} upwards). {hint} The package that has it has to be in "
+                    f"custom_imports. normplug has {', '.join(known)}; mmcv has BN, LN, IN and their kin."
                 )
     return None
 

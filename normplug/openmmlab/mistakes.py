@@ -335,8 +335,8 @@ def _no_samples(trace: _Trace) -> str | None:
     """mmengine packs the samples of a data set into one array, and numpy will not make one of none."""
     if "need at least one array to concatenate" in trace.message:
         return (
-            f"{trace.place() or 'The data set'} has found no sample: check its data_root, data_prefix, ann_file and the "
-            f"endings of the files."
+            f"{trace.place() or 'The data set'} has found no sample: check its data_root, data_prefix, ann_file and "
+            f"the endings of the files."
         )
     return None
 
