@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -25,7 +26,7 @@ from normplug.openmmlab.config_files import read_config
 from normplug.openmmlab.data_check import check_data
 from normplug.openmmlab.data_files import empty_files, read_coco
 from normplug.openmmlab.data_places import LOADERS, data_sets
-from normplug.openmmlab.mistakes import FirstIteration, SampleError, answered, explain
+from normplug.openmmlab.mistakes import FirstIteration, SampleError, _tell_needless_classes, answered, explain
 from normplug.openmmlab.settings import check_launcher, check_settings, check_work_dir, unknown_settings
 
 pytest.importorskip("mmdet.models")
@@ -408,7 +409,7 @@ def test_the_file_of_a_sample_is_named(tmp_path):
         (
             tmp_path / "no.jpg",
             OSError("x"),
-            "no.jpg is in the annotations and not on the disk (Reads failed with OSError",
+            "no.jpg is in the annotations and not on the disk (Reads)",
         ),
     ]
     for file, error, words in cases:
@@ -536,6 +537,25 @@ def test_labels_that_a_model_has_no_output_for():
     wrong = caught(lambda: nn.functional.cross_entropy(torch.zeros(1, 3), torch.tensor([6])), IndexError)
     assert "the label 6 that the model has no output for" in explain(wrong)
     assert "set num_classes" in explain(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_where_in_the_model_shapes_differ():
+    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(3, 4)))
+    sentence = explain(caught(lambda: model(torch.zeros(2, 5)), RuntimeError))
+    assert "model.1.0 (Linear) ended in RuntimeError: mat1 and mat2 shapes" in sentence
+
+
+def test_outputs_without_a_class_are_told(capsys):
+    dataset = SimpleNamespace(metainfo=dict(classes=("a", "b")))
+    runner = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset))
+    head = dict(type="LinearClsHead", num_classes=5)
+    runner.cfg = Config(dict(default_scope="mmpretrain", model=dict(type="ImageClassifier", head=head)))
+    _tell_needless_classes(runner)
+    assert "model.head.num_classes=5, and SimpleNamespace has 2 classes (a, b)" in capsys.readouterr().err
+    head["num_classes"] = 2
+    runner.cfg = Config(dict(default_scope="mmpretrain", model=dict(type="ImageClassifier", head=head)))
+    _tell_needless_classes(runner)
+    assert not capsys.readouterr().err
 
 
 def test_a_machine_that_is_too_small():

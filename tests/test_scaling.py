@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from normplug.openmmlab.adapt import fuse_activations
 from normplug.openmmlab.cli import build_runner
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import _launch  # noqa: E402
+
 WORLD, C = 2, 8
 
 # --- sharding, on two processes
@@ -308,21 +312,29 @@ def command(tmp_path, script, *args, **env):
 @pytest.mark.parametrize(("gpus", "per_node"), [("16", "8"), ("4", "4")])
 def test_slurm(gpus, per_node, tmp_path):
     options = ["--amp", "--cfg-options", "a=1 2"]
-    got = command(tmp_path, "slurm_train.sh", "gpu", "job", "c.py", "out", *options, GPUS=gpus, SRUN_ARGS="-x n1 -t 9")
+    config = str(ROOT / "configs/digits/i3d_r18_gn_digits.py")
+    got = command(tmp_path, "slurm_train.sh", "gpu", "job", config, "out", *options, GPUS=gpus, SRUN_ARGS="-x n1 -t 9")
     assert got == [
         *("srun", "--partition=gpu", "--job-name=job", f"--gres=gpu:{per_node}", f"--ntasks={gpus}"),
         *(f"--ntasks-per-node={per_node}", "--cpus-per-task=5", "--kill-on-bad-exit=1", "-x", "n1", "-t", "9"),
-        *("python", "-u", f"{ROOT}/tools/train.py", "c.py", "--work-dir=out", "--launcher=slurm", *options),
+        *("python", "-u", f"{ROOT}/tools/train.py", config, "--work-dir=out", "--launcher=slurm", *options),
     ]
 
 
-def test_several_nodes(tmp_path):
-    nodes = dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="10.1.1.1", PORT="29501")
-    got = command(tmp_path, "dist_train.sh", "c.py", "8", "--amp", **nodes)
-    assert got == [
-        *("python", "-m", "torch.distributed.run", "--nnodes=2", "--node_rank=1", "--master_addr=10.1.1.1"),
-        *("--master_port=29501", "--nproc_per_node=8", f"{ROOT}/tools/train.py", "c.py", "--amp"),
-        *("--launcher", "pytorch"),
+def test_several_nodes(tmp_path, monkeypatch):
+    got = command(tmp_path, "dist_train.sh", "c.py", "8", "--amp")
+    assert got == ["python", f"{ROOT}/tools/_launch.py", "train", "c.py", "8", "--amp"]
+    met, flags = [], []
+    monkeypatch.setattr(_launch, "meet", lambda *node: met.append(node))
+    monkeypatch.setattr(_launch.run, "main", flags.extend)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    for name, value in dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="10.1.1.1", PORT="29501").items():
+        monkeypatch.setenv(name, value)
+    assert _launch.main(got[2:]) == 0
+    assert met == [(2, 1, "10.1.1.1", 29501, 600)]
+    assert flags == [
+        *("--nnodes=2", "--node_rank=1", "--master_addr=10.1.1.1", "--master_port=29501", "--nproc_per_node=8"),
+        *(f"{ROOT}/tools/train.py", "c.py", "--amp", "--launcher", "pytorch"),
     ]
 
 

@@ -34,6 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
+from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
 
 __all__ = [
@@ -517,10 +518,12 @@ def _explain(error: KeyError, cfg: Any, registry: Registry) -> str | None:
                     f"pip install {package}; mmdet and mmaction2 come with pip install 'normplug[openmmlab]'."
                 )
             if "Cannot find None" in message and key.endswith("_cfg") and registry.get(name) is None:
+                like = nearest(name, MODELS.module_dict)
                 known = sorted(key for key, cls in MODELS.module_dict.items() if cls.__module__.startswith("normplug."))
+                hint = f"Did you mean {like[0]}?" if like else "Check the spelling."
                 return (
                     f"{key}=dict(type={name!r}) names a layer that nobody has registered (searched from scope "
-                    f"{registry.scope!r} upwards). Check the spelling, or add the package that has it to "
+                    f"{registry.scope!r} upwards). {hint} The package that has it has to be in "
                     f"custom_imports. normplug has {', '.join(known)}; mmcv has BN, LN, IN and their kin."
                 )
     return None

@@ -112,6 +112,7 @@ class FirstIteration(Hook):
         self.is_done = False
 
     def before_train(self, runner: Runner) -> None:
+        _tell_needless_classes(runner)
         loaders = [("train_dataloader", runner.train_dataloader)]
         if runner.val_loop is not None:
             loaders.append(("val_dataloader", runner.val_dataloader))
@@ -143,6 +144,20 @@ class FirstIteration(Hook):
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.is_done = True
+
+
+def _tell_needless_classes(runner: Runner) -> None:
+    """Say on stderr where heads of mmseg and mmpretrain have outputs for which the data has no class."""
+    dataset = runner.train_dataloader.dataset
+    classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
+    if classes and runner.cfg.get("default_scope") in ("mmseg", "mmpretrain"):
+        for path, _, key, value in class_counts(runner.cfg):
+            if value > len(classes):
+                print(
+                    f"normplug: {path}.{key}={value}, and {type(dataset).__name__} has {len(classes)} classes "
+                    f"({some(classes)}): the others are never seen",
+                    file=sys.stderr,
+                )
 
 
 # --- samples
@@ -182,7 +197,7 @@ def _about_sample(error: Exception, sample: dict) -> str:
         told = f"{step} needs {error.args[0]!r}, which its annotation does not have"
     for file in files:
         if "://" not in file and not os.path.exists(file):
-            return f"{file} is in the annotations and not on the disk ({told})."
+            return f"{file} is in the annotations and not on the disk ({step})."
         if os.path.isfile(file) and os.path.getsize(file) == 0:
             return f"{file} is empty (0 bytes): put the whole file there, or take it out of the annotations."
     whose = files[0] if files else "A sample"
@@ -242,12 +257,16 @@ class _Trace:
         return f"{path} ({kind})" if path and kind else path or kind or ""
 
     def method(self) -> str:
-        """Return the innermost method of an object, and its class: ``ResNet.init_weights``."""
+        """Return the innermost method that ran: ``ResNet.init_weights``, or ``model.neck.convs.0 (Conv2d)``."""
         found = [(f.f_locals.get("self"), f.f_code.co_name) for f, _ in self.frames]
         owners = [(owner, name) for owner, name in found if isinstance(owner, nn.Module | Runner | BaseLoop)]
         if not owners:
             return ""
         owner, name = owners[-1]
+        model = next((owner for owner, _ in owners if isinstance(owner, nn.Module)), None)
+        if model is not None and name.endswith("forward"):
+            path = next((path for path, part in model.named_modules() if part is owner), "")
+            return f"model{'.' if path else ''}{path} ({type(owner).__name__})"
         return f"{getattr(owner, '_stock', type(owner)).__name__}.{name}"  # adapt's classes are made at run time
 
 
@@ -265,7 +284,17 @@ def _message(error: BaseException) -> str:
 
 
 def _known_cause(trace: _Trace) -> str | None:
-    for cause in (_ours, _sample, _file, _unknown_name, _no_type, _wrong_argument, _class_number, _machine):
+    for cause in (
+        _ours,
+        _sample,
+        _file,
+        _no_samples,
+        _unknown_name,
+        _no_type,
+        _wrong_argument,
+        _class_number,
+        _machine,
+    ):
         if sentence := cause(trace):
             return sentence
     return None
@@ -279,8 +308,7 @@ def _ours(trace: _Trace) -> str | None:
     if PACKAGE not in file.parents and PACKAGE.parent / "tools" not in file.parents:
         return None
     error = trace.error
-    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split()) or None
+    return (str(error.args[0]) if isinstance(error, KeyError) else str(error)) or None
 
 
 def _is_raise(code: CodeType, offset: int) -> bool:
@@ -301,6 +329,16 @@ def _file(trace: _Trace) -> str | None:
     if isinstance(error, FileNotFoundError):
         return f"There is no file {error.filename}" + _of(trace) + "."
     return f"{error.filename}: {error.strerror}" + _of(trace) + "."
+
+
+def _no_samples(trace: _Trace) -> str | None:
+    """mmengine packs the samples of a data set into one array, and numpy will not make one of none."""
+    if "need at least one array to concatenate" in trace.message:
+        return (
+            f"{trace.place() or 'The data set'} has found no sample: check its data_root, data_prefix, ann_file and "
+            f"the endings of the files."
+        )
+    return None
 
 
 def _of(trace: _Trace) -> str:

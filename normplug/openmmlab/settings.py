@@ -1,6 +1,7 @@
 """Settings of a run that are mistyped, told before anything is built: the toolkits meet them late, or never."""
 
 import contextlib
+import importlib
 import inspect
 import math
 import os
@@ -296,6 +297,8 @@ def classes_named(kind: Any, scope: str | None) -> list[type]:
     if not isinstance(kind, str):
         return [kind]
     found = []
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"{scope}.registry")  # the toolkit's registries are below mmengine's from then on
     for registry in (registry for registry in vars(root).values() if isinstance(registry, Registry)):
         # As a build does, the toolkit's own first; but nothing is logged of those that a toolkit has not.
         for here in (registry.children.get(scope), registry):
