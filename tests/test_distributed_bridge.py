@@ -15,6 +15,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel, MMSeparateDistr
 from torch import nn
 
 import normplug  # noqa: F401
+from normplug.openmmlab import distributed
 
 pytestmark = pytest.mark.skipif(get_device() != "cpu", reason="there is no gap: mmengine sees an accelerator here")
 
@@ -132,3 +133,28 @@ def test_torchrun_trains_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ranks agree: True world: 2 samples: 4") == 2
     assert (tmp_path / "work" / "epoch_2.pth").exists()
+
+
+@pytest.mark.parametrize("attempt", [0, 1, 2])
+def test_processes_of_another_attempt_meet_in_a_store_of_their_own(monkeypatch, attempt):
+    """torchrun keeps its store: what processes wrote there before they were started again leads nowhere."""
+    told = {}
+    store = dist.HashStore()
+    store.set("0", "the address of a dead process")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    monkeypatch.setattr(distributed, "rendezvous", lambda address: iter([(store, 1, 2)]))
+    distributed._meets_anew(lambda backend, **kwargs: told.update(kwargs))("gloo", init_backend="torch")
+    if attempt == 0:
+        assert told == {"init_backend": "torch"}
+        return
+    assert (told["rank"], told["world_size"]) == (1, 2)
+    assert not told["store"].check(["0"])
+    told["store"].set("0", "mine")
+    assert store.get("0") == b"the address of a dead process"
+
+
+def test_a_store_of_the_users_is_left_alone(monkeypatch):
+    told = {}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    distributed._meets_anew(lambda backend, **kwargs: told.update(kwargs))("gloo", init_method="file:///x")
+    assert told == {"init_method": "file:///x"}

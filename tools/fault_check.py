@@ -261,7 +261,6 @@ def go_on(trial: Trial) -> None:
 def launch(trial: Trial, more: Sequence[str], *options: str) -> subprocess.Popen:
     """Start a training of two processes under torchrun."""
     trial.work_dir.mkdir(exist_ok=True)
-    # Not by --master_port: that store outlives a restart, and processes look for each other at addresses of dead ones
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
     command += [str(ROOT / "tools" / "train.py"), *trial.arguments, "--work-dir", str(trial.work_dir), *more]
     with (trial.work_dir / "log").open("a") as out:
