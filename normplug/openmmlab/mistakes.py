@@ -432,7 +432,7 @@ def _type_name(part: dict) -> str:
 
 
 def _called(trace: _Trace, called: str) -> Any:
-    """Return the class whose ``__init__`` did not know an argument, the whole one where it was a base's, or function."""
+    """Return the class whose ``__init__`` did not know an argument (not the base that said so), or the function."""
     functions = []
     for frame, _ in reversed(trace.frames):
         values = list(frame.f_locals.values())
