@@ -331,6 +331,10 @@ FAULTS = {
         lambda c: [a.update(bbox=[50, 50, -9, -9]) for a in c["annotations"]],
         "no box that can be used",
     ),
+    "polygons": (
+        lambda c: [a.update(segmentation=[[1, 2, 3, 4]]) for a in c["annotations"]],
+        "have no polygon of three corners or more, the first is annotation 1: expected",
+    ),
     "no masks": (lambda c: [a.pop("segmentation") for a in c["annotations"]], "has no mask"),
 }
 
