@@ -333,7 +333,7 @@ FAULTS = {
     ),
     "polygons": (
         lambda c: [a.update(segmentation=[[1, 2, 3, 4]]) for a in c["annotations"]],
-        "have no polygon of three corners or more, the first is annotation 1: expected",
+        "have no polygon of 3 corners or more, the first is annotation 1: expected",
     ),
     "no masks": (lambda c: [a.pop("segmentation") for a in c["annotations"]], "has no mask"),
 }

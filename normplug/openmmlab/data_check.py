@@ -201,7 +201,7 @@ def _check_annotated(
         )
     if wants and content.shapeless:
         sentence = (
-            f"{len(content.shapeless)} of the {boxes} masks in {content.path} have no polygon of three corners or more, "
+            f"{len(content.shapeless)} of the {boxes} masks in {content.path} have no polygon of 3 corners or more, "
             f"the first is annotation {content.shapeless[0]['id']}: expected [[x1, y1, x2, y2, x3, y3, ...]]"
         )
         if len(content.shapeless) == boxes:
