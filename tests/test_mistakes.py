@@ -392,6 +392,17 @@ def test_empty_files_are_found_and_missing_ones_are_another_matter(data, tmp_pat
         check_data(cfg, LOADERS[:1])
 
 
+def test_classes_of_digits_that_are_still_to_be_made(tmp_path):
+    for file, head in ((IMAGES, "roi_head.mask_head"), (CLIPS, "cls_head")):
+        cfg = Config.fromfile(file)
+        for _, dataset in data_sets(cfg):
+            dataset.data_root = str(tmp_path / "none yet")
+        check_data(cfg)
+        cfg.merge_from_dict({f"model.{head}.num_classes": 99})
+        with pytest.raises(ValueError, match=rf"{head}.num_classes=99: set it to"):
+            check_data(cfg)
+
+
 class Reads:
     """A step of a pipeline."""
 
@@ -510,7 +521,7 @@ def test_a_fault_of_the_code_is_not_taken_for_a_mistake(capsys):
     assert sentence.endswith("--debug shows the whole traceback.")
     assert answer.code == 2
     assert "int() with base 10" in explain(caught(lambda: int("x"), ValueError))
-    assert "--debug" in explain(caught(lambda: read_coco(0), TypeError))  # ours, but nobody raised it
+    assert "--debug" in explain(caught(lambda: unknown_settings(Config(), 0), TypeError))  # ours, and nobody raised it
 
 
 def caught(call, kind):
