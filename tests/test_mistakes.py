@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, DictAction
@@ -560,6 +561,11 @@ def test_where_in_the_model_shapes_differ():
     model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(3, 4)))
     sentence = explain(caught(lambda: model(torch.zeros(2, 5)), RuntimeError))
     assert "model.1.0 (Linear) ended in RuntimeError: mat1 and mat2 shapes" in sentence
+
+
+def test_a_data_set_that_finds_nothing():
+    sentence = explain(caught(lambda: np.concatenate([]), ValueError))
+    assert "has found no sample: check its data_root, data_prefix, ann_file" in sentence
 
 
 def test_outputs_without_a_class_are_told(capsys):
