@@ -29,7 +29,7 @@ from normplug.openmmlab.data_check import check_data
 from normplug.openmmlab.data_files import empty_files, read_coco
 from normplug.openmmlab.data_places import LOADERS, data_sets
 from normplug.openmmlab.mistakes import FirstIteration, SampleError, _tell_needless_classes, answered, explain
-from normplug.openmmlab.settings import check_launcher, check_settings, check_work_dir, unknown_settings
+from normplug.openmmlab.settings import check_forms, check_launcher, check_settings, check_work_dir, unknown_settings
 
 pytest.importorskip("mmdet.models")
 pytest.importorskip("mmaction.models")
@@ -133,8 +133,20 @@ SETTINGS = {
     "model.roi_head.bbox_head.num_classes=0": "bbox_head.num_classes=0: expected the number of classes, 1 or more.",
     "model.roi_head.mask_head.num_classes=-3": "mask_head.num_classes=-3: expected",
     "model.roi_head.bbox_head.num_classes=ten": "bbox_head.num_classes='ten': expected",
+    "custom_hooks=3": "custom_hooks=3: expected a list, such as [dict(type=...)].",
+    "visualizer.vis_backends=a,b": "visualizer.vis_backends.0='a': expected dict(type=...).",
+    "randomness=3": "randomness=3 is of type int, expected randomness=dict(...).",
+    "resume=maybe": "resume='maybe': expected True or False.",
+    "train_dataloader.dataset=None": "train_dataloader.dataset=None: expected dataset=dict(type=...).",
+    "train_dataloader.sampler=None": "train_dataloader.sampler=None: expected sampler=dict(type=...).",
+    "optim_wrapper.optimizer=None": "optim_wrapper.optimizer=None: expected optimizer=dict(type='SGD', lr=...).",
     "val_cfg=None": "val_dataloader and val_evaluator and no val_cfg: set all three",
 }
+
+
+def check(cfg):
+    check_forms(cfg)
+    check_settings(cfg, LOADERS[:2])
 
 
 @pytest.mark.parametrize("option", SETTINGS)
@@ -143,13 +155,13 @@ def test_a_value_that_cannot_be_meant(option):
     cfg = Config.fromfile(IMAGES)
     cfg.merge_from_dict({path: DictAction._parse_iterable(value)})
     with pytest.raises(ValueError) as error:
-        check_settings(cfg, LOADERS[:2])
+        check(cfg)
     assert SETTINGS[option] in str(error.value)
 
 
 def test_stock_values_pass():
     for file in (IMAGES, CLIPS, *sorted((ROOT / "configs").glob("[a-z]*/*.py"))[::29]):
-        check_settings(Config.fromfile(file), LOADERS[:2])
+        check(Config.fromfile(file))
 
 
 EARLY = [
@@ -271,6 +283,7 @@ UNKNOWN = {
     "batch_size": "did you mean train_dataloader.batch_size?",
     "lr": "did you mean optim_wrapper.optimizer.lr?",
     "device": "did you mean CUDA_VISIBLE_DEVICES in the environment?",
+    "test_evalutor.metric": "did you mean test_evaluator.metric?",
     "devise": "did you mean CUDA_VISIBLE_DEVICES in the environment?",
     "total_epochs": "did you mean train_cfg.max_epochs?",
     "data_root": "did you mean train_dataloader.dataset.data_root?",  # a variable of the file, read long ago

@@ -259,7 +259,8 @@ class _Trace:
     def method(self) -> str:
         """Return the innermost method that ran: ``ResNet.init_weights``, or ``model.neck.convs.0 (Conv2d)``."""
         found = [(f.f_locals.get("self"), f.f_code.co_name) for f, _ in self.frames]
-        owners = [(owner, name) for owner, name in found if isinstance(owner, nn.Module | Runner | BaseLoop)]
+        kinds = nn.Module | Runner | BaseLoop
+        owners = [(owner, name) for owner, name in found if isinstance(owner, kinds) and name != "__getattr__"]
         if not owners:
             return ""
         owner, name = owners[-1]
@@ -512,6 +513,6 @@ def _find(config: Config, built: dict, inside: str) -> str | None:
     found = [
         (path.startswith(inside), sum(built.get(key) == value for key, value in part.items()) - len(part), path)
         for path, part in _dicts(config)
-        if _type_name(part) == _type_name(built) and (part.get("type") or not built)
+        if _type_name(part) == _type_name(built) and (part.get("type") or part == built)
     ]
     return max(found, key=lambda item: item[:2])[2] if found else None
