@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, DictAction
@@ -27,7 +29,7 @@ from normplug.openmmlab.data_check import check_data
 from normplug.openmmlab.data_files import empty_files, read_coco
 from normplug.openmmlab.data_places import LOADERS, data_sets
 from normplug.openmmlab.mistakes import FirstIteration, SampleError, _tell_needless_classes, answered, explain
-from normplug.openmmlab.settings import check_launcher, check_settings, check_work_dir, unknown_settings
+from normplug.openmmlab.settings import check_forms, check_launcher, check_settings, check_work_dir, unknown_settings
 
 pytest.importorskip("mmdet.models")
 pytest.importorskip("mmaction.models")
@@ -62,6 +64,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train(data, tmp_path, monkeypatch, capsys):
     """Run tools/train.py on these data; return exit code and what it wrote to stderr."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # mmengine's logger of an earlier test has that one's stream
 
     def run(*options, config=IMAGES, flags=(), task="detection", plain=False):
         monkeypatch.chdir(tmp_path)
@@ -130,8 +133,20 @@ SETTINGS = {
     "model.roi_head.bbox_head.num_classes=0": "bbox_head.num_classes=0: expected the number of classes, 1 or more.",
     "model.roi_head.mask_head.num_classes=-3": "mask_head.num_classes=-3: expected",
     "model.roi_head.bbox_head.num_classes=ten": "bbox_head.num_classes='ten': expected",
+    "custom_hooks=3": "custom_hooks=3: expected a list, such as [dict(type=...)].",
+    "visualizer.vis_backends=a,b": "visualizer.vis_backends.0='a': expected dict(type=...).",
+    "randomness=3": "randomness=3 is of type int, expected randomness=dict(...).",
+    "resume=maybe": "resume='maybe': expected True or False.",
+    "train_dataloader.dataset=None": "train_dataloader.dataset=None: expected dataset=dict(type=...).",
+    "train_dataloader.sampler=None": "train_dataloader.sampler=None: expected sampler=dict(type=...).",
+    "optim_wrapper.optimizer=None": "optim_wrapper.optimizer=None: expected optimizer=dict(type='SGD', lr=...).",
     "val_cfg=None": "val_dataloader and val_evaluator and no val_cfg: set all three",
 }
+
+
+def check(cfg):
+    check_forms(cfg)
+    check_settings(cfg, LOADERS[:2])
 
 
 @pytest.mark.parametrize("option", SETTINGS)
@@ -140,13 +155,13 @@ def test_a_value_that_cannot_be_meant(option):
     cfg = Config.fromfile(IMAGES)
     cfg.merge_from_dict({path: DictAction._parse_iterable(value)})
     with pytest.raises(ValueError) as error:
-        check_settings(cfg, LOADERS[:2])
+        check(cfg)
     assert SETTINGS[option] in str(error.value)
 
 
 def test_stock_values_pass():
     for file in (IMAGES, CLIPS, *sorted((ROOT / "configs").glob("[a-z]*/*.py"))[::29]):
-        check_settings(Config.fromfile(file), LOADERS[:2])
+        check(Config.fromfile(file))
 
 
 EARLY = [
@@ -268,6 +283,7 @@ UNKNOWN = {
     "batch_size": "did you mean train_dataloader.batch_size?",
     "lr": "did you mean optim_wrapper.optimizer.lr?",
     "device": "did you mean CUDA_VISIBLE_DEVICES in the environment?",
+    "test_evalutor.metric": "did you mean test_evaluator.metric?",
     "devise": "did you mean CUDA_VISIBLE_DEVICES in the environment?",
     "total_epochs": "did you mean train_cfg.max_epochs?",
     "data_root": "did you mean train_dataloader.dataset.data_root?",  # a variable of the file, read long ago
@@ -329,6 +345,10 @@ FAULTS = {
         lambda c: [a.update(bbox=[50, 50, -9, -9]) for a in c["annotations"]],
         "no box that can be used",
     ),
+    "polygons": (
+        lambda c: [a.update(segmentation=[[1, 2, 3, 4]]) for a in c["annotations"]],
+        "have no polygon of 3 corners or more, the first is annotation 1: expected",
+    ),
     "no masks": (lambda c: [a.pop("segmentation") for a in c["annotations"]], "has no mask"),
 }
 
@@ -384,6 +404,17 @@ def test_empty_files_are_found_and_missing_ones_are_another_matter(data, tmp_pat
     (tmp_path / "d" / "video" / "train" / "000003.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 of the 8 videos in .*train.txt are empty"):
         check_data(cfg, LOADERS[:1])
+
+
+def test_classes_of_digits_that_are_still_to_be_made(tmp_path):
+    for file, head in ((IMAGES, "roi_head.mask_head"), (CLIPS, "cls_head")):
+        cfg = Config.fromfile(file)
+        for _, dataset in data_sets(cfg):
+            dataset.data_root = str(tmp_path / "none yet")
+        check_data(cfg)
+        cfg.merge_from_dict({f"model.{head}.num_classes": 99})
+        with pytest.raises(ValueError, match=rf"{head}.num_classes=99: set it to"):
+            check_data(cfg)
 
 
 class Reads:
@@ -504,7 +535,7 @@ def test_a_fault_of_the_code_is_not_taken_for_a_mistake(capsys):
     assert sentence.endswith("--debug shows the whole traceback.")
     assert answer.code == 2
     assert "int() with base 10" in explain(caught(lambda: int("x"), ValueError))
-    assert "--debug" in explain(caught(lambda: read_coco(0), TypeError))  # ours, but nobody raised it
+    assert "--debug" in explain(caught(lambda: unknown_settings(Config(), 0), TypeError))  # ours, and nobody raised it
 
 
 def caught(call, kind):
@@ -543,6 +574,11 @@ def test_where_in_the_model_shapes_differ():
     model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(3, 4)))
     sentence = explain(caught(lambda: model(torch.zeros(2, 5)), RuntimeError))
     assert "model.1.0 (Linear) ended in RuntimeError: mat1 and mat2 shapes" in sentence
+
+
+def test_a_data_set_that_finds_nothing():
+    sentence = explain(caught(lambda: np.concatenate([]), ValueError))
+    assert "has found no sample: check its data_root, data_prefix, ann_file" in sentence
 
 
 def test_outputs_without_a_class_are_told(capsys):

@@ -60,14 +60,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_randomness(cfg: Config, args: argparse.Namespace) -> None:
-    given = cfg.get("randomness") or {}
-    randomness = {"seed": None, **given} if isinstance(given, dict) else {"seed": given}
+    randomness = {"seed": None, **(cfg.get("randomness") or {})}  # mmengine draws a seed for None, and needs the key
     if args.seed is not None:
         randomness["seed"] = args.seed
     for flag in ("diff_rank_seed", "deterministic"):
         if getattr(args, flag):
             randomness[flag] = True
-    cfg.randomness = randomness  # mmengine draws a seed for None, and needs the key
+    cfg.randomness = randomness
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from normplug.openmmlab.own_data import use_data
 from normplug.openmmlab.pretrained import fetch_weights
 from normplug.openmmlab.random_state import RandomStateHook
 from normplug.openmmlab.replacement import replace_norm
-from normplug.openmmlab.settings import check_launcher, check_settings, check_work_dir, unknown_settings
+from normplug.openmmlab.settings import check_forms, check_launcher, check_settings, check_work_dir, unknown_settings
 
 __all__ = [
     "add_cfg_options",
@@ -146,6 +146,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = read_config(args.config)
     tell_unknown(cfg, args.cfg_options)
     override(cfg, args.cfg_options)
+    check_forms(cfg)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", args.config.stem))
     if args.data is not None:
         told = use_data(cfg, args.data)

@@ -199,6 +199,14 @@ def _check_annotated(
             f"{content.path} has no mask (segmentation) in {boxes - content.masks} of {boxes} annotations, and {path} "
             f"is for a model with masks: add them, or train a model of boxes, such as Faster R-CNN."
         )
+    if wants and content.shapeless:
+        sentence = (
+            f"{len(content.shapeless)} of the {boxes} masks in {content.path} have no polygon of 3 corners or more, "
+            f"the first is annotation {content.shapeless[0]['id']}: expected [[x1, y1, x2, y2, x3, y3, ...]]"
+        )
+        if len(content.shapeless) == boxes:
+            raise ValueError(f"{sentence}.")
+        print(f"normplug: {sentence}; they are not trained on", file=sys.stderr)
 
 
 def _tell_odd_boxes(content: CocoFile, used: int) -> None:

@@ -35,6 +35,7 @@ class CocoFile:
         unused: Boxes that mmdet leaves out though nothing marks them so: without width, height or area, or outside of
             their image.
         beyond: Boxes that reach more than a pixel beyond their image.
+        shapeless: Annotations whose polygons are none, of less than three corners: mmdet trains on no mask of theirs.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class CocoFile:
     masks: int
     unused: tuple[dict, ...]
     beyond: tuple[dict, ...]
+    shapeless: tuple[dict, ...]
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def _summary(path: Path, content: object) -> CocoFile:
         sum(bool(annotation.get("segmentation")) for annotation in used),
         tuple(a for a in annotations if _is_lost(a, *sizes[a["image_id"]])) if len(used) < len(annotations) else (),
         tuple(a for a in used if _is_beyond(a["bbox"], *sizes[a["image_id"]])),
+        tuple(a for a in used if _is_shapeless(a.get("segmentation"))),
     )
 
 
@@ -220,6 +223,12 @@ def _is_lost(annotation: dict, width: float, height: float) -> bool:
     x, y, w, h = annotation["bbox"]
     inside = x < width and y < height and x + w > 0 and y + h > 0
     return not annotation.get("ignore") and not (w > 0 and h > 0 and annotation["area"] > 0 and inside)
+
+
+def _is_shapeless(segmentation: object) -> bool:
+    if not segmentation or not isinstance(segmentation, list):
+        return False
+    return not any(isinstance(polygon, list) and len(polygon) >= 6 for polygon in segmentation)
 
 
 def _is_beyond(box: list[float], width: float, height: float) -> bool:

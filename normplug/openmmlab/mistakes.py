@@ -259,7 +259,8 @@ class _Trace:
     def method(self) -> str:
         """Return the innermost method that ran: ``ResNet.init_weights``, or ``model.neck.convs.0 (Conv2d)``."""
         found = [(f.f_locals.get("self"), f.f_code.co_name) for f, _ in self.frames]
-        owners = [(owner, name) for owner, name in found if isinstance(owner, nn.Module | Runner | BaseLoop)]
+        kinds = nn.Module | Runner | BaseLoop
+        owners = [(owner, name) for owner, name in found if isinstance(owner, kinds) and name != "__getattr__"]
         if not owners:
             return ""
         owner, name = owners[-1]
@@ -399,7 +400,7 @@ def _wrong_argument(trace: _Trace) -> str | None:
         called, key = match.groups()
         config = trace.config()
         building = [built for built in trace.building() if key in built.cfg]
-        kind = _called(trace, called, building)
+        kind = _called(trace, called)
         if kind is None:
             return None
         names, _ = accepted_arguments(kind)
@@ -431,20 +432,19 @@ def _type_name(part: dict) -> str:
     return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
 
 
-def _called(trace: _Trace, called: str, building: list[_Building]) -> Any:
-    """Return the class whose ``__init__`` did not know an argument; the whole class where it was a base's."""
-    frame = trace.last.tb_frame if trace.last else None
+def _called(trace: _Trace, called: str) -> Any:
+    """Return the class whose ``__init__`` did not know an argument (not the base that said so), or the function."""
+    functions = []
     for frame, _ in reversed(trace.frames):
-        values = frame.f_locals
-        own = [type(values["self"])] if "self" in values and frame.f_code.co_name == "__init__" else []
-        for value in [*own, *values.values()]:
-            if isinstance(value, type) and any(
-                called in (f"{cls.__qualname__}.__init__", cls.__qualname__) for cls in value.__mro__
-            ):
-                return value
-            if callable(value) and getattr(value, "__qualname__", None) == called:
-                return value
-    return None
+        values = list(frame.f_locals.values())
+        own = [type(frame.f_locals["self"])] if "self" in frame.f_locals else []
+        for value in [*own, *values]:
+            if isinstance(value, type):
+                if any(called in (f"{cls.__qualname__}.__init__", cls.__qualname__) for cls in value.__mro__):
+                    return value
+            elif callable(value) and getattr(value, "__qualname__", None) == called:
+                functions.append(value)  # perhaps the __init__ itself, in what wraps it
+    return functions[0] if functions else None
 
 
 def _class_number(trace: _Trace) -> str | None:
@@ -513,6 +513,6 @@ def _find(config: Config, built: dict, inside: str) -> str | None:
     found = [
         (path.startswith(inside), sum(built.get(key) == value for key, value in part.items()) - len(part), path)
         for path, part in _dicts(config)
-        if _type_name(part) == _type_name(built) and (part.get("type") or not built)
+        if _type_name(part) == _type_name(built) and (part.get("type") or part == built)
     ]
     return max(found, key=lambda item: item[:2])[2] if found else None

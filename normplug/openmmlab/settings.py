@@ -23,6 +23,7 @@ from normplug.openmmlab.data_files import some
 
 __all__ = [
     "accepted_arguments",
+    "check_forms",
     "check_launcher",
     "check_settings",
     "check_work_dir",
@@ -139,8 +140,33 @@ VALUES = [
     ("default_hooks.checkpoint.max_keep_ckpts", *_INTERVAL),
     ("default_hooks.logger.interval", *_COUNT),
     ("find_unused_parameters", *_SWITCH),
+    ("resume", *_SWITCH),
     ("log_level", lambda v: v in _LEVELS or isinstance(v, int), f"one of {', '.join(_LEVELS)}"),
 ]
+
+
+def check_forms(cfg: Config) -> None:
+    """Refuse a config with a plain value in the place of a dict or a list of dicts, before anything looks into these.
+
+    Raises:
+        ValueError: The message names the setting and its value.
+    """
+    for part in _DICTS:
+        if not isinstance(cfg.get(part) or {}, dict):
+            raise ValueError(f"{part}={cfg[part]!r} is of type {type(cfg[part]).__name__}, expected {part}=dict(...).")
+    for path, entries in (
+        ("custom_hooks", cfg.get("custom_hooks")),
+        ("visualizer.vis_backends", (cfg.get("visualizer") or {}).get("vis_backends")),
+    ):
+        if not isinstance(entries or [], list | tuple):
+            raise ValueError(f"{path}={entries!r}: expected a list, such as [dict(type=...)].")
+        for i, entry in enumerate(entries or ()):
+            if not isinstance(entry, dict) or "type" not in entry:
+                raise ValueError(f"{path}.{i}={entry!r}: expected dict(type=...).")
+
+
+_DICTS = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "test_dataloader", "test_cfg", "val_dataloader")
+_DICTS += ("val_cfg", "env_cfg", "default_hooks", "randomness", "log_processor", "visualizer", "auto_scale_lr")
 
 
 def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
@@ -159,8 +185,6 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
             like = nearest(part, (key for key in cfg if key not in TOP_LEVEL))
             hint = f" (it has {like[0]})" if like else ""
             raise ValueError(f"{file} has no {part}{hint}: expected {part}=dict(...) in it or in one of its _base_.")
-        if not isinstance(cfg[part], dict | list):
-            raise ValueError(f"{part}={cfg[part]!r} is of type {type(cfg[part]).__name__}, expected {part}=dict(...).")
     for split in ("val", "test") if tuple(loaders) != ("train_dataloader",) else ("test",):
         parts = [f"{split}_{part}" for part in ("dataloader", "cfg", "evaluator")]
         if (missing := [part for part in parts if cfg.get(part) is None]) and len(missing) < len(parts):
@@ -168,12 +192,18 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
             raise ValueError(
                 f"{file} has {' and '.join(there)} and no {' and no '.join(missing)}: set all three, or all to None."
             )
-    for part in ("env_cfg", "default_hooks", "randomness", "val_dataloader", "val_cfg", "log_processor", "visualizer"):
-        if not isinstance(cfg.get(part) or {}, dict):
-            raise ValueError(f"{part}={cfg[part]!r} is of type {type(cfg[part]).__name__}, expected {part}=dict(...).")
     if cfg.get("param_scheduler") == {}:
         raise ValueError(
             "param_scheduler is an empty dict: expected a list of dict(type=...), or None for no schedule."
+        )
+    for loader in loaders:
+        for part in ("dataset", "sampler"):
+            if cfg.get(loader) and not _is_typed(cfg[loader].get(part)):
+                raise ValueError(f"{loader}.{part}={cfg[loader].get(part)!r}: expected {part}=dict(type=...).")
+    wrapper = cfg.get("optim_wrapper") or {}
+    if "train_dataloader" in loaders and "constructor" not in wrapper and not _is_typed(wrapper.get("optimizer")):
+        raise ValueError(
+            f"optim_wrapper.optimizer={wrapper.get('optimizer')!r}: expected optimizer=dict(type='SGD', lr=...)."
         )
     scope = cfg.get("default_scope") or "mmengine"
     if scope not in _SCOPES | MODELS.children.keys() and (like := nearest(scope, _SCOPES)):
@@ -195,6 +225,11 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
                     f"{loader}.{key}={settings[key]!r} needs num_workers of 1 or more, and it is 0: set "
                     f"{loader}.num_workers=2, or leave {key} out."
                 )
+
+
+def _is_typed(part: Any) -> bool:
+    """Whether something can be built from this: a dict with a type, a list of such, or what is built already."""
+    return "type" in part if isinstance(part, dict) else part is not None and not isinstance(part, str | int | float)
 
 
 _SCOPES = {"mmengine", *MODULE2PACKAGE}
@@ -239,9 +274,10 @@ def unknown_settings(cfg: Config, options: Mapping[str, Any]) -> list[str]:
             continue  # a dict that may hold anything
         rest = path[len(f"{where}.{name}" if where else name) :]
         paths = list(_paths(cfg))
-        hints = [FORMER[key] for key in ([name] if name in FORMER else nearest(name, FORMER)) if not where]
+        hints = [FORMER[name]] if not where and name in FORMER else []
         hints += [known for known in paths if known.endswith(f".{path}")]
         hints += [(f"{where}.{known}" if where else known) + rest for known in like]
+        hints += [FORMER[key] for key in nearest(name, FORMER) if not where]
         hints += [known for known in paths if known.endswith(f".{path.split('.')[-1]}")]
         hint = hints[0] if hints else None
         place = f"{where} (of type {part['type']})" if isinstance(part.get("type"), str) else where
