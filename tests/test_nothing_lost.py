@@ -16,6 +16,7 @@ from test_checkpoints import runner
 import normplug  # noqa: F401
 from normplug.openmmlab import atomic, saving
 from normplug.openmmlab.atomic import atomic_write
+from normplug.openmmlab.mistakes import answered
 from normplug.openmmlab.resuming import newest_whole_checkpoint
 from normplug.openmmlab.saving import CheckpointHook, CheckpointNotSavedError, WorkDirInUseError
 
@@ -357,3 +358,19 @@ def test_an_earlier_run_is_told_of_before_it_is_overwritten(work_dir, monkeypatc
     assert not [text for text in told if "earlier run" in text]
     run(work_dir, 1)
     assert [text for text in told if "epoch_1.pth, epoch_2.pth, epoch_3.pth" in text]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "The disk is full"),
+        (CheckpointNotSavedError("epoch_3.pth could not be written"), "epoch_3.pth could not be written"),
+    ],
+)
+def test_a_training_that_a_full_disk_ends_says_so(error, told, capsys):
+    """In the middle of a run, where other errors keep their traceback; the log, too, may be what could not be written."""
+    with answered("train.py", debug=False) as answer:
+        answer.first.is_done = True
+        raise error
+    assert answer.code == 1
+    assert told in capsys.readouterr().err

@@ -8,6 +8,7 @@ traceback. After the first iteration an exception is a failure of the run and ke
 
 import argparse
 import dis
+import errno
 import functools
 import linecache
 import os
@@ -74,7 +75,7 @@ class answered:
         if not isinstance(error, Exception):  # none, or the user's Ctrl-C, or argparse's exit
             return False
         sentence = explain(error)
-        is_told = isinstance(error, CheckpointNotSavedError)
+        is_told = isinstance(error, CheckpointNotSavedError) or _is_full(error)
         if self.first.is_done and not is_told:
             if known := _known_cause(_Trace(error)):
                 print(f"{self.tool}: {known}", file=sys.stderr)
@@ -288,13 +289,13 @@ def _known_cause(trace: _Trace) -> str | None:
     for cause in (
         _ours,
         _sample,
+        _machine,
         _file,
         _no_samples,
         _unknown_name,
         _no_type,
         _wrong_argument,
         _class_number,
-        _machine,
     ):
         if sentence := cause(trace):
             return sentence
@@ -464,8 +465,17 @@ def _class_number(trace: _Trace) -> str | None:
     return f"{told}: set num_classes to the number of classes; labels go from 0 to one less than it."
 
 
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _machine(trace: _Trace) -> str | None:
     """What the machine, and not the config, is too small for."""
+    if _is_full(trace.error):
+        return (
+            f"The disk is full ({trace.message}): nothing more can be written, logs included. Make room and go on with "
+            "--resume; checkpoints that were there are whole."
+        )
     if isinstance(trace.error, torch.OutOfMemoryError):
         return f"The GPU's memory is not enough: set a smaller train_dataloader.batch_size, or --amp ({trace.message})."
     if re.search(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)", trace.message):
