@@ -368,7 +368,7 @@ def test_an_earlier_run_is_told_of_before_it_is_overwritten(work_dir, monkeypatc
     ],
 )
 def test_a_training_that_a_full_disk_ends_says_so(error, told, capsys):
-    """In the middle of a run, where other errors keep their traceback; the log, too, may be what could not be written."""
+    """In the middle of a run, where other errors keep their traceback; logs may be what could not be written."""
     with answered("train.py", debug=False) as answer:
         answer.first.is_done = True
         raise error
