@@ -538,6 +538,27 @@ def test_a_fault_of_the_code_is_not_taken_for_a_mistake(capsys):
     assert "--debug" in explain(caught(lambda: unknown_settings(Config(), 0), TypeError))  # ours, and nobody raised it
 
 
+class Unequal(dict):
+    """A part of a config that cannot be compared, as arrays cannot."""
+
+    def __eq__(self, other):
+        raise ValueError("The truth value of an array is ambiguous")
+
+    __hash__ = None
+
+
+def test_an_error_that_cannot_be_placed_is_told_all_the_same():
+    cfg = Config(dict(model=dict(type="Conv2d")))
+    cfg.model["init_cfg"] = Unequal(type="x")
+
+    def build(cfg):
+        MODELS.build({**cfg.model, "in_channels": 3})
+
+    sentence = explain(caught(lambda: build(cfg), TypeError))
+    assert sentence.startswith("TypeError: ")
+    assert sentence.endswith("--debug shows the whole traceback.")
+
+
 def caught(call, kind):
     with pytest.raises(kind) as error:
         call()

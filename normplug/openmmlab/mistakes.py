@@ -39,6 +39,7 @@ from normplug.openmmlab.settings import TOP_LEVEL, accepted_arguments
 __all__ = ["SampleError", "add_debug", "answered", "explain"]
 
 PACKAGE = Path(__file__).resolve().parent.parent
+UNKNOWN = "; --debug shows the whole traceback."  # how every sentence ends that names an exception and no cause
 LONGEST = 400  # characters of somebody else's message
 
 
@@ -77,8 +78,8 @@ class answered:
         sentence = explain(error)
         is_told = isinstance(error, CheckpointNotSavedError) or _is_full(error)
         if self.first.is_done and not is_told:
-            if known := _known_cause(_Trace(error)):
-                print(f"{self.tool}: {known}", file=sys.stderr)
+            if UNKNOWN not in sentence:
+                print(f"{self.tool}: {sentence}", file=sys.stderr)
             return False
         self.code = 1 if is_told else 2
         if self.debug:
@@ -210,8 +211,11 @@ def _about_sample(error: Exception, sample: dict) -> str:
 
 def explain(error: Exception) -> str:
     """Return one or two sentences about an exception: what was given, where, and what was expected."""
-    trace = _Trace(error)
-    return _known_cause(trace) or _unknown_cause(trace)
+    try:
+        trace = _Trace(error)
+        return _known_cause(trace) or _unknown_cause(trace)
+    except Exception:  # frames hold whatever users put there; what cannot be looked at must not hide the error
+        return f"{type(error).__name__}: {_message(error)}{UNKNOWN}"
 
 
 @dataclass
@@ -499,7 +503,7 @@ def _unknown_cause(trace: _Trace) -> str:
         told = f"{method} ended in {told}"
     whose = "This run has ended before its first iteration" if trace.config() else "This cannot be done"
     whose = f"{place} cannot be built or run" if place else whose
-    return f"{whose}: {told}; --debug shows the whole traceback."
+    return f"{whose}: {told}{UNKNOWN}"
 
 
 # --- places in a config
