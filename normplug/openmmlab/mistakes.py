@@ -34,7 +34,7 @@ from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.data_files import some
 from normplug.openmmlab.data_places import class_counts
 from normplug.openmmlab.saving import CheckpointNotSavedError
-from normplug.openmmlab.settings import TOP_LEVEL, accepted_arguments
+from normplug.openmmlab.settings import TAKEN_OUT, TOP_LEVEL, accepted_arguments
 
 __all__ = ["SampleError", "add_debug", "answered", "explain"]
 
@@ -417,7 +417,7 @@ def _wrong_argument(trace: _Trace) -> str | None:
                 return None  # nobody typed it: a fault of the code
             inside = _find(config, building[-1].cfg, "") if building else None
             path = f"{inside if inside in at else at[0]}.{key}"
-        like = nearest(key, names)
+        like = nearest(key, names | TAKEN_OUT)
         return (
             f"{path or key} is not known to {kind.__name__}"
             + (f": did you mean {like[0]}?" if like else ".")

@@ -22,6 +22,8 @@ from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.data_files import some
 
 __all__ = [
+    "TAKEN_OUT",
+    "TOP_LEVEL",
     "accepted_arguments",
     "check_forms",
     "check_launcher",
@@ -312,8 +314,8 @@ def _paths(cfg: Config) -> Iterator[str]:
 _ENVIRONMENT = {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"}
 _RANDOMNESS = set(inspect.signature(Runner.set_randomness).parameters)
 _LOADER = set(inspect.signature(DataLoader.__init__).parameters) | {"num_batch_per_epoch"}
-_TAKEN_OUT = {"type", "_scope_", "_delete_", "init_cfg", "requires_grad", "eps", "replace_norm", "priority"}
-_TAKEN_OUT |= {"convert_to_iter_based", "constructor", "paramwise_cfg", "data_preprocessor", "optimizer", "clip_grad"}
+TAKEN_OUT = {"type", "_scope_", "_delete_", "init_cfg", "requires_grad", "eps", "replace_norm", "priority"}
+TAKEN_OUT |= {"convert_to_iter_based", "constructor", "paramwise_cfg", "data_preprocessor", "optimizer", "clip_grad"}
 
 
 def _taken_by(cfg: Config, part: Mapping) -> tuple[set[str], bool]:
@@ -321,7 +323,7 @@ def _taken_by(cfg: Config, part: Mapping) -> tuple[set[str], bool]:
     if "type" in part:
         named = [accepted_arguments(kind) for kind in classes_named(part["type"], cfg.get("default_scope"))]
         known = set().union(*(names for names, _ in named))
-        return known | _TAKEN_OUT, bool(named) and all(complete for _, complete in named)
+        return known | TAKEN_OUT, bool(named) and all(complete for _, complete in named)
     for known in (_LOADER, _RANDOMNESS, _ENVIRONMENT):
         if part and set(part) <= known:
             return known - {"self"}, True
