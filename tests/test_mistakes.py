@@ -198,7 +198,7 @@ BUILT = [
     ("param_scheduler.1.type=CosineLR", "param_scheduler.1.type='CosineLR' names no parameter scheduler"),
     ("model.backbone.norm_cfg.type=GNN", "norm_cfg=dict(type='GNN') names a layer that nobody has registered", "GN"),
     ("model.backbone.norm_cfg.num_group=4", "backbone.norm_cfg.num_group is not known to GroupNorm", "num_groups"),
-    ("model.backbone.norm_cfg.requires_gard=True", "requires_gard is not known to GroupNorm: did you mean requires_grad?"),
+    ("model.backbone.norm_cfg.requires_gard=True", "gard is not known to GroupNorm: did you mean requires_grad?"),
     ("model.backbone.norm_cfg.num_groups=7", "GN with 32 channels cannot have num_groups=7"),
     ("model.backbone.depht=18", "model.backbone.depht is not known to ResNet: did you mean depth?"),
     ("model.backbone.depth=19", "model.backbone (ResNet) cannot be built or run: KeyError: invalid", "--debug"),
