@@ -282,6 +282,11 @@ def unequal_ranks(rank):
             layer(torch.randn(2, channels, 3, dtype=dtype))
         except ValueError as error:
             messages.append(str(error))
+    for wrong in (torch.ones(2, C, 3, dtype=torch.int64), torch.randn(2, C + 1, 3)):
+        try:
+            SyncBatchNorm(C)(wrong if rank == 1 else torch.randn(2, C, 3))
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
     layer = SyncBatchNorm(C)
     layer(torch.randn(2, C, 3))
     try:  # only after the first step
@@ -469,6 +474,8 @@ def test_ranks_that_differ_raise_on_all(ranks):
         "rank 1: 7 channels of torch.float32",
         "rank 2: 6 channels of torch.float64",
         "rank 0: 6 channels of torch.float16",
+        "rank 1: an input that it refuses",
+        "rank 1: an input that it refuses",
         "rank 1: 6 channels of torch.bfloat16, rank 2: 6 channels of torch.float64",
     )
     for result in ranks:

@@ -95,7 +95,7 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
         if self.training and self._world_size() > 1:
-            check_channels(self, x, self.num_features)
+            self._check_with_others(x)
             return self._synchronized(x, residual, act or self.act)
         return super().forward(x, residual, act)
 
@@ -105,8 +105,6 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         return dist.get_world_size(self.process_group)
 
     def _synchronized(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if x.dtype != self._agreed and not torch.compiler.is_compiling():
-            self._compare_ranks(x)
         x = dense(x)
         own = values_per_channel(x)
         with torch.no_grad():
@@ -124,19 +122,34 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
             x, mean, rstd, share, self.weight, self.bias, act, residual, self.process_group
         )
 
-    def _compare_ranks(self, x: Tensor) -> None:
+    def _check_with_others(self, x: Tensor) -> None:
+        """Refuse an input that is none, on every rank if it is the first."""
+        compares = not torch.compiler.is_compiling()
+        try:
+            check_channels(self, x, self.num_features)
+        except (TypeError, ValueError):
+            if compares and self._agreed is None and isinstance(x, Tensor):
+                self._compare_ranks(x, 0, 0)
+            raise
+        if compares and x.dtype != self._agreed:
+            self._compare_ranks(x, self.num_features, _DTYPES.index(x.dtype))
+            self._agreed = x.dtype
+
+    def _compare_ranks(self, x: Tensor, channels: int, dtype: int) -> None:
         """Raise on every rank if they differ in what makes a message: unequal ones wait for each other or add up."""
-        own = torch.tensor([self.num_features, _DTYPES.index(x.dtype)], device=x.device)
+        own = torch.tensor([channels, dtype], device=x.device)
         gathered = own.new_empty(dist.get_world_size(self.process_group) * len(own))
         dist.all_gather_into_tensor(gathered, own, group=self.process_group)
         ranks = gathered.view(-1, len(own)).tolist()
         if any(rank != ranks[0] for rank in ranks):
-            told = ", ".join(f"rank {i}: {c} channels of {_DTYPES[d]}" for i, (c, d) in enumerate(ranks))
+            told = ", ".join(
+                f"rank {i}: {c} channels of {_DTYPES[d]}" if c else f"rank {i}: an input that it refuses"
+                for i, (c, d) in enumerate(ranks)
+            )
             raise ValueError(
                 f"SyncBatchNorm joins the batches of all ranks, which must have the same channels and dtype, but got "
                 f"{told}. Build the same model on every rank, and use mixed precision on all of them or on none."
             )
-        self._agreed = x.dtype
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
