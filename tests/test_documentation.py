@@ -257,6 +257,7 @@ PLACEHOLDERS = [  # in this order
 STUDY = "--epochs 1 --seeds 1 --gpus 1 --device cpu"
 ADDED = [  # pattern, and what makes it short; the first that is found
     (r"random_calls\.py", "--cases 20"),
+    (r"fault_check\.py", "--trials 1 --faults save full two"),
     (r"small_batch_study\.py.*--preset coco", f"{STUDY} --norms gn-all --batch-sizes 1"),
     (r"small_batch_study\.py.*--preset kinetics", f"{STUDY} --norms GN --batch-sizes 1"),
     (r"small_batch_study\.py", f"{STUDY} --norms GN --batch-sizes 8"),
