@@ -103,7 +103,8 @@ def test_all_places_of_a_model_are_seen():
 def test_train_ends_with_that_sentence_before_the_model_is_built(tmp_path, capsys, monkeypatch):
     config = tmp_path / "c.py"
     config.write_text(
-        "model = dict(type='Never', init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'))\n"
+        f"_base_ = {str(ROOT / 'configs' / 'digits' / 'i3d_r18_gn_digits.py')!r}\n"
+        "model = dict(_delete_=True, type='Never', init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'))\n"
     )
     assert train_tool.main([str(config), "--work-dir", str(tmp_path)]) == 2
     assert "resnet50-0676ba61.pth" in capsys.readouterr().err
