@@ -651,9 +651,9 @@ class AuthorsCBN(nn.Module):
     def __init__(self, channels):
         super().__init__()
         for name in ("weight", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(channels)))
+            self.register_parameter(name, nn.Parameter(torch.ones(channels)))
         for name in ("running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(channels))
+            self.register_buffer(name, torch.ones(channels))
 
     def forward(self, x):
         mean, var, weight, bias = (
