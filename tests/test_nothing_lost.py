@@ -264,17 +264,27 @@ def flip(file):
     [cut, lambda file: cut(file, 0), flip, lambda file: file.write_text("<html>"), lambda file: file.unlink()],
     ids=["cut", "empty", "flipped", "html", "deleted"],
 )
-def test_the_newest_whole_checkpoint_is_taken(work_dir, damage, caplog):
-    damage(work_dir / "epoch_3.pth")
+def test_the_newest_whole_checkpoint_is_taken(work_dir, damage):
+    newest = work_dir / "epoch_3.pth"
+    damage(newest)
     path, passed_over = newest_whole_checkpoint(work_dir)
     assert path == work_dir / "epoch_2.pth"
-    assert [str(work_dir / "epoch_3.pth") in sentence for sentence in passed_over] == [
-        True for _ in [1] if (work_dir / "epoch_3.pth").exists()
-    ]
+    assert len(passed_over) == newest.exists()
+    assert all(sentence.startswith(f"{newest} is not whole") for sentence in passed_over)
     assert run(work_dir, 4, resume=True).epoch == 4
 
 
-@pytest.mark.parametrize("note", ["", "\0" * 40, "/gone/epoch_3.pth", None], ids=["empty", "zeros", "moved", "missing"])
+NOTES = {
+    "empty": "",
+    "zeros": "\0" * 40,
+    "a zero": "epoch\0_3.pth",
+    "long": "x" * 5000,
+    "moved": "/gone/epoch_3.pth",
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("note", NOTES.values(), ids=NOTES)
 def test_the_note_of_the_last_checkpoint_may_be_wrong(work_dir, note):
     file = work_dir / "last_checkpoint"
     file.unlink() if note is None else file.write_text(note)
@@ -311,7 +321,7 @@ def test_never_anew_where_checkpoints_are(work_dir):
         run(work_dir, 4, resume=True)
 
 
-def test_an_empty_folder_is_a_beginning(tmp_path, caplog):
+def test_an_empty_folder_is_a_beginning(tmp_path):
     assert run(tmp_path, 1, resume=True).epoch == 1
 
 

@@ -186,6 +186,7 @@ FILES = {
     "onnx": (packed(lambda _: b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(99)), "a model in ONNX"),
     "noise": (packed(lambda _: bytes(range(200, 256)) * 9), "a file of no known kind"),
     "empty": (packed(lambda _: b""), "an empty file"),
+    "blank": (packed(lambda _: b" \n" * 300), "a text"),
     "zeros": (packed(lambda data: bytes(len(data))), "a file of zeros"),
     "cut": (packed(lambda data: data[: len(data) // 2]), "cut short.*Download it again"),
     "folder": (folder_with("epoch_2.pth"), "a folder, with epoch_2.pth in it"),

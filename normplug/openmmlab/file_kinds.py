@@ -162,5 +162,5 @@ def _text(path: Path, head: bytes) -> tuple[str, str] | None:
             shards = sorted(set(content["weight_map"].values()))
             return f"an index of weights in {len(shards)} files ({shards[0]}, ...)", "Get a checkpoint in one file"
         return "a JSON text", _ANEW
-    line = next(line.strip() for line in text.splitlines() if line.strip())
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return f"a text, which begins with {line[:40]!r}", _ANEW

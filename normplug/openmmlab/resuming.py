@@ -81,7 +81,10 @@ def _noted(work_dir: Path) -> Path | None:
     if not text:
         return None
     path = Path(text)
-    return path if path.exists() else work_dir / path.name
+    try:
+        return path if path.exists() else work_dir / path.name
+    except (OSError, ValueError):  # what a crash left there is no name that a file may have
+        return None
 
 
 def _age(path: Path) -> tuple[str, int, float]:

@@ -183,7 +183,7 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
     """
     file = cfg.filename or "The config"
     for part in dict.fromkeys(part for loader in loaders for part in PARTS[loader]):
-        if not cfg.get(part):
+        if cfg.get(part) is None:  # an empty test_cfg is the rule in mmpretrain
             like = nearest(part, (key for key in cfg if key not in TOP_LEVEL))
             hint = f" (it has {like[0]})" if like else ""
             raise ValueError(f"{file} has no {part}{hint}: expected {part}=dict(...) in it or in one of its _base_.")
@@ -200,8 +200,10 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
         )
     for loader in loaders:
         for part in ("dataset", "sampler"):
-            if cfg.get(loader) and not _is_typed(cfg[loader].get(part)):
-                raise ValueError(f"{loader}.{part}={cfg[loader].get(part)!r}: expected {part}=dict(type=...).")
+            settings = cfg.get(loader) or {}
+            is_default = part == "sampler" and settings.get(part, part) is None  # the order of the data, to torch
+            if settings and not is_default and not _is_typed(settings.get(part)):
+                raise ValueError(f"{loader}.{part}={settings.get(part)!r}: expected {part}=dict(type=...).")
     wrapper = cfg.get("optim_wrapper") or {}
     if "train_dataloader" in loaders and "constructor" not in wrapper and not _is_typed(wrapper.get("optimizer")):
         raise ValueError(
@@ -212,7 +214,7 @@ def check_settings(cfg: Config, loaders: Iterable[str]) -> None:
         raise ValueError(f"default_scope={scope!r} is no toolkit: did you mean {like[0]!r}?")
     for path, value in _settings(cfg):
         name = path.rpartition(".")[2]
-        if name == "_delete_":
+        if name == "_delete_" and path.partition(".")[0] in TOP_LEVEL:  # in the file's own variables it may have served
             raise ValueError(f"{path}={value!r}: there is nothing in a _base_ to delete here; leave it out.")
         for pattern, is_right, expected in VALUES:
             if fnmatchcase(path, pattern) and value is not None and not is_right(value):
