@@ -184,19 +184,24 @@ def resolve(where: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def compile_for(launch: Launch, arch: int) -> list[str]:
-    """Compile one launch and return its row of the table."""
+def compiled(launch: Launch, arch: int) -> Any:
+    """Compile one launch, as Triton would on a GPU of that architecture."""
     constants = {name: resolve(v) if isinstance(v, str) and ":" in v else v for name, v in launch.constants}
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(resolve(launch.kernel), dict(launch.signature), constants, attributes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
-    usage = resource_usage(compiled.asm["cubin"])
-    loads, stores = (widths(compiled.asm["ptx"], what, launch) for what in ("ld", "st"))
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
+
+
+def compile_for(launch: Launch, arch: int) -> list[str]:
+    """Compile one launch and return its row of the table."""
+    kernel = compiled(launch, arch)
+    usage = resource_usage(kernel.asm["cubin"])
+    loads, stores = (widths(kernel.asm["ptx"], what, launch) for what in ("ld", "st"))
     name = launch.kernel.split(":")[1].lstrip("_")
     spills = usage["STACK"] + usage["LOCAL"]
-    numbers = [launch.warps, usage["REG"], compiled.metadata.shared, spills]
+    numbers = [launch.warps, usage["REG"], kernel.metadata.shared, spills]
     return [
         launch.op,
         name,
