@@ -223,3 +223,39 @@ def test_conversion_keeps_the_guard_or_refuses():
     assert layers.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))[0].skip_nonfinite
     with pytest.raises(ValueError, match="skip_nonfinite"):
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+# --- an eps of 0
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("layer", "kwargs"),
+    [
+        *((layer, {}) for layer in ALL if issubclass(layer, nn.modules.batchnorm._NormBase)),
+        (layers.CrossIterationBatchNorm, {"eps_mode": "outside"}),
+    ],
+)
+def test_torch_is_never_given_an_eps_that_some_version_refuses(layer, kwargs, training, eps, monkeypatch):
+    """torch 2.10 and 2.11 want more than 0, later ones only in training; without one a layer computes the same."""
+    stock, given = torch.batch_norm, []
+
+    def watched(*args):
+        given.append(args[7])
+        return stock(*args)
+
+    monkeypatch.setattr(torch, "batch_norm", watched)  # what F.batch_norm calls when it has looked at eps
+    net = Net(layer(C, eps=eps, **kwargs).to(DEVICE)).to(DEVICE).train(training)
+    with torch.no_grad():
+        net.norm.running_mean.normal_()
+        net.norm.running_var.uniform_(0.5, 2)
+    mean, var = net.norm.running_mean.double(), net.norm.running_var.double()
+    x = torch.randn(2, 4, 5, 5, device=DEVICE)
+    y, z = net(x), net.conv(x).double()
+    assert all(e > 0 for e in given)
+    if net.norm.training:
+        var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    divisor = var.sqrt() + eps if kwargs else (var + eps).sqrt()
+    want = (z - mean.view(-1, 1, 1)) / divisor.view(-1, 1, 1)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)

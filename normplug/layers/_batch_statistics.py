@@ -117,16 +117,20 @@ def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
     keep_running(layer, moved)
 
 
+def _is_stock(x: Tensor, act: str | None, residual: Tensor | None, eps: float) -> bool:
+    """Tell whether torch's own batch norm can do it: since 2.10 it refuses an eps of 0, in some versions always."""
+    return act is None and residual is None and x.numel() > 0 and eps * eps > 0 and is_exact_in_aten(x)
+
+
 def normalize_by_running(
     layer: _BatchNorm, x: Tensor, act: str | None = None, residual: Tensor | None = None, eps_outside: bool = False
 ) -> Tensor:
     """Return act(bn(x) + residual) by the running statistics; eps_outside: divide by √var + eps."""
-    var, eps = layer.running_var, layer.eps
-    if act is None and residual is None and x.numel() and is_exact_in_aten(x):
-        if eps_outside:
-            var, eps = (var.sqrt() + eps).square(), 0.0
+    var, eps, wide = layer.running_var, layer.eps, acc_dtype(x)
+    if _is_stock(x, act, residual, eps) and (not eps_outside or var.dtype == wide):
+        if eps_outside:  # (√var + eps)², in two parts: torch takes no eps of 0
+            var, eps = torch.add(var, var.sqrt(), alpha=2 * eps), eps * eps
         return stock_batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
-    wide = acc_dtype(x)
     var = var.to(wide)
     rstd = 1 / (var.sqrt() + eps) if eps_outside else (var + eps).rsqrt()
     return batch_normalize(x, layer.running_mean.to(wide), rstd, layer.weight, layer.bias, act, residual)
@@ -205,7 +209,7 @@ class LocalBatchNorm(ConversionGuard):
         if not self.training and self.running_mean is not None:
             return normalize_by_running(self, x, act, residual)
         check_has_statistics(self, x, values_per_channel(x))
-        if act is None and residual is None and x.numel() and is_exact_in_aten(x):
+        if _is_stock(x, act, residual, self.eps):
             return self._stock(x)
         y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
         count = values_per_channel(x)
