@@ -12,17 +12,22 @@ from normplug.kernels._tiles import Channels, Formula
 __all__ = ["backward", "forward"]
 
 
+@triton.jit
+def _divisor(d, u):
+    return tl.maximum(d, u, propagate_nan=tl.PropagateNan.ALL)  # a GPU's plain max takes the number and drops NaN
+
+
 # Where other norms have 1/std, these two have the instance's std itself; u is the root of the batch's variance.
 @triton.jit
 def _value(x, _mean, std, weight, bias, v, u, _residual, ACT: tl.constexpr):
-    return x / tl.maximum(v * x + std, u) * weight + bias
+    return x / _divisor(v * x + std, u) * weight + bias
 
 
 @triton.jit
 def _grads(dy, x, _mean, std, weight, _bias, v, u, _residual, ACT: tl.constexpr):
     d = v * x + std
     is_above = d > u
-    d = tl.maximum(d, u)
+    d = _divisor(d, u)
     by_weight = dy * x / d
     g = by_weight / d
     above = tl.where(is_above, g, 0.0)
