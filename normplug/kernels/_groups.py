@@ -59,7 +59,7 @@ def _group_forward(
     else:
         mean = 0.0
         d = x
-    rstd = 1.0 / tl.sqrt(over_all(d * d) / values + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(over_all(d * d) / values + eps))
     tl.store(rstd_ptr + tl.program_id(0), rstd)
     y = VALUE(
         x,

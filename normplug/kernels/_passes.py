@@ -78,7 +78,8 @@ def _partial_statistics(
     c = channels_of(channel, CHANNELS_LAST, BO, BI)
     at = part.to(tl.int64) * channels + c
     store(mean_ptr, at, shift + s1 / many, c < channels)
-    store(m2_ptr, at, tl.maximum(s2 - s1 * s1 / many, 0.0), c < channels)
+    m2 = s2 - s1 * s1 / many
+    store(m2_ptr, at, tl.where(m2 < 0, 0.0, m2), c < channels)  # no max, which drops NaN on a GPU
     tl.store(count_ptr + part, count.to(tl.float32))
 
 
@@ -121,7 +122,7 @@ def _join(
         result = result / many + eps
         if KIND == "square":
             result += mean * mean
-        result = 1.0 / tl.sqrt(result)
+        result = tl.div_rn(1.0, tl.sqrt_rn(result))
     at = tl.program_id(0)
     if mean_ptr is not None:
         tl.store(mean_ptr + at, mean)

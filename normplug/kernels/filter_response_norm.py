@@ -14,7 +14,7 @@ __all__ = ["backward", "forward"]
 @triton.jit
 def _value(x, _mean, rstd, weight, bias, v, _u, _residual, ACT: tl.constexpr):
     z = x * rstd * weight + bias
-    return tl.where(z < v, v, z)
+    return tl.maximum(z, v, propagate_nan=tl.PropagateNan.ALL)  # a GPU's plain max drops NaN
 
 
 @triton.jit
