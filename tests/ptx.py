@@ -1,0 +1,57 @@
+"""Compile what the package launches and print the instructions of each kernel, as JSON: for a process of its own.
+
+It must not have Triton's interpreter switched on. Launches that differ in sizes only share their instructions: one of
+each kind is compiled, for both architectures. The activations are tried where the kernel takes one.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import kernel_facts
+
+from normplug.ops._common import ACTIVATIONS
+
+
+def kind(launch):
+    """Return what decides on the arithmetic of a kernel: its code, dtype, and constants that are words or functions."""
+    words = [(name, value) for name, value in launch.constants if value is not None and not isinstance(value, int)]
+    return launch.kernel, launch.dtype, tuple(sorted(words, key=str))
+
+
+def with_every_activation(launches):
+    for launch in launches:
+        yield launch
+        if dict(launch.constants).get("ACT") == "relu" and launch.dtype == "fp32":
+            for act in ACTIVATIONS:
+                constants = tuple((name, act if name == "ACT" else value) for name, value in launch.constants)
+                yield dataclasses.replace(launch, constants=constants)
+
+
+def instructions(ptx):
+    return Counter(re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)", ptx, re.MULTILINE))
+
+
+def main():
+    kinds = {}
+    for launch in with_every_activation(kernel_facts.launches()):
+        kinds.setdefault(kind(launch), launch)
+    found = [
+        {
+            "name": " ".join(map(str, (*kind(launch), f"sm_{arch}"))),
+            "act": dict(launch.constants).get("ACT"),
+            "instructions": instructions(kernel_facts.compiled(launch, arch).asm["ptx"]),
+        }
+        for launch in kinds.values()
+        for arch in kernel_facts.ARCHS
+    ]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
