@@ -239,6 +239,26 @@ def test_nan_and_infinity_stay_in_their_group():
     assert y[1, 4:].isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in the interpreter
+@pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
+@pytest.mark.parametrize("argument", range(6), ids=["dy", "x", "weight", "bias", "v", "residual"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_nan_comes_out_wherever_the_formula_has_it(norm, argument, on_chip):
+    """A maximum of a GPU returns the number of a number and NaN."""
+    _launch.ON_CHIP = on_chip
+    alone = norm.startswith(("evonorm", "filter"))
+    if argument == 5 and alone:
+        pytest.skip("takes no residual")
+    data = tensors((2, 4, 3, 3), torch.float32, False, has_residual=not alone)
+    data[argument].view(-1)[1] = float("nan")
+    act = None if alone else "relu"
+    got = NORMS[norm][0](*data, act, 2)
+    want = by_formula(norm, *data, act, 2)
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+    for g, w in zip(got, want[: len(got)], strict=True):
+        assert w is None or not (w.isnan() & ~g.isnan()).any()
+
+
 def test_slices_of_memory_that_are_not_aligned():
     memory = torch.randn(2 * 8 * 12 * 10 + 1, device=DEVICE)
     x = memory[1:].view(2, 8, 12, 10)

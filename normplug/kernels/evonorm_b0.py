@@ -26,12 +26,12 @@ def _value(x, _mean, std, weight, bias, v, u, _residual, ACT: tl.constexpr):
 @triton.jit
 def _grads(dy, x, _mean, std, weight, _bias, v, u, _residual, ACT: tl.constexpr):
     d = v * x + std
-    is_above = d > u
+    is_bound = d <= u  # and not its opposite: NaN goes the way that keeps it
     d = _divisor(d, u)
     by_weight = dy * x / d
     g = by_weight / d
-    above = tl.where(is_above, g, 0.0)
-    local = weight * dy * tl.where(is_above, std, u) / d / d
+    above = tl.where(is_bound, 0.0, g)
+    local = weight * dy * tl.where(is_bound, u, std) / d / d
     return local, dy, by_weight, above, g - above, above * x
 
 
