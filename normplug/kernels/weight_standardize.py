@@ -1,11 +1,13 @@
-"""Triton kernel of weight_standardize: the filters of any number of weights in one launch.
+"""Triton kernels of weight_standardize: the filters of any number of weights in one launch.
 
-A filter is contiguous memory in either layout, so that nothing here depends on the layout. Two tables lead a program
-to its filters: the addresses of the tensors, new in every call, and the parts, which depend on the shapes only. A
-program does one filter, or neighbours of one weight where they are small: 64 values alone would not keep it busy.
+A filter is contiguous memory in either layout, so that nothing here depends on the layout. A program does one filter,
+or neighbours of one weight where they are small: 64 values alone would not keep it busy. Where there are several
+weights two tables lead it to its filters: the addresses of the tensors, new in every call, and the parts, which depend
+on the shapes only. Neither needs memory of the host when a CUDA graph that was captured is replayed.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -126,17 +128,13 @@ def _long_row(
 
 
 @triton.jit
-def _standardize(
-    address_ptr, part_ptr, mean_ptr, std_ptr, eps, BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
+def _filters(
+    grad, weight, out, row, rows, size, mean, std, eps, BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
     DTYPE: tl.constexpr, SMALL: tl.constexpr, MIDDLE: tl.constexpr, TILE: tl.constexpr, LARGE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Do a few neighbouring filters of a weight, given by addresses; mean and std point to those of the first."""
     V: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # values in 16 bytes
-    part = part_ptr + tl.program_id(0) * 5
-    address = address_ptr + tl.load(part) * 3
-    row, rows, rank, size = tl.load(part + 1), tl.load(part + 2), tl.load(part + 3), tl.load(part + 4)
-    grad, weight, out = tl.load(address), tl.load(address + 1), tl.load(address + 2)
-    mean, std = mean_ptr + rank, std_ptr + rank
     aligned = ((grad | weight | out) % 16 == 0) & (size % V == 0)
     if aligned & (size <= SMALL):
         _tile(grad, weight, out, row, rows, size, mean, std, eps, BACK, CORR, INSIDE, DTYPE, TILE // SMALL, SMALL, V)
@@ -151,7 +149,43 @@ def _standardize(
             _long_row(grad, weight, out, row + i, size, mean + i, std + i, eps, BACK, CORR, INSIDE, DTYPE, CHUNK)
 
 
-@functools.lru_cache(256)  # as many models and single layers
+@triton.jit
+def _standardize(
+    address_ptr, part_ptr, mean_ptr, std_ptr, eps, BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
+    DTYPE: tl.constexpr, SMALL: tl.constexpr, MIDDLE: tl.constexpr, TILE: tl.constexpr, LARGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    part = part_ptr + tl.program_id(0) * 5
+    address = address_ptr + tl.load(part) * 3
+    row, rows, rank, size = tl.load(part + 1), tl.load(part + 2), tl.load(part + 3), tl.load(part + 4)
+    grad, weight, out = tl.load(address), tl.load(address + 1), tl.load(address + 2)
+    _filters(
+        grad, weight, out, row, rows, size, mean_ptr + rank, std_ptr + rank, eps, BACK, CORR, INSIDE,
+        DTYPE, SMALL, MIDDLE, TILE, LARGE, CHUNK,
+    )  # fmt: skip
+
+
+# Not specialized: what is compiled once does every weight.
+@triton.jit(do_not_specialize=["count", "size", "step"])
+def _standardize_one(
+    grad_ptr, weight_ptr, out_ptr, mean_ptr, std_ptr, count, size, step, eps,
+    BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
+    DTYPE: tl.constexpr, SMALL: tl.constexpr, MIDDLE: tl.constexpr, TILE: tl.constexpr, LARGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * step
+    _filters(
+        grad_ptr.to(tl.int64), weight_ptr.to(tl.int64), out_ptr.to(tl.int64), row, tl.minimum(step, count - row), size,
+        mean_ptr + row, std_ptr + row, eps, BACK, CORR, INSIDE, DTYPE, SMALL, MIDDLE, TILE, LARGE, CHUNK,
+    )  # fmt: skip
+
+
+def _step(size: int, small: int, middle: int, tile: int) -> int:
+    """Return how many filters of a size a program does."""
+    return tile // small if size <= small else tile // middle if size <= middle else 1
+
+
+@functools.lru_cache(256)  # as many models, and parts of them that had gradients
 def _parts(shapes: tuple[tuple[int, int], ...], small: int, middle: int, tile: int, device: torch.device) -> Tensor:
     """Return a row for each program: weight, first filter, number of filters, first among all, and their size.
 
@@ -161,20 +195,44 @@ def _parts(shapes: tuple[tuple[int, int], ...], small: int, middle: int, tile: i
         middle: See MIDDLE.
         tile: See TILE.
         device: Where the table is kept.
+
+    Raises:
+        RuntimeError: If a CUDA graph is being captured: a table cannot be made then.
     """
+    if _is_capturing(device):
+        raise RuntimeError(
+            f"weight_standardize_many meets a set of {len(shapes)} weights for the first time while a CUDA graph is "
+            f"captured. Run the same forward and backward pass once before the capture, as its warm-up."
+        )
     parts, rank = [], 0
     for index, (count, values) in enumerate(shapes):
         size = values // max(count, 1)
-        step = tile // small if size <= small else tile // middle if size <= middle else 1
+        step = _step(size, small, middle, tile)
         parts += [(index, row, min(step, count - row), rank + row, size) for row in range(0, count, step)]
         rank += count
     parts.sort(key=lambda part: -part[-1])  # the longest filters first, so that none is started last
-    return torch.tensor(parts, dtype=torch.int32, device="cpu").view(-1, 5).to(device)
+    table = torch.tensor(parts, dtype=torch.int32, device="cpu").view(-1, 5)
+    if device.type != "cuda":
+        return table.to(device)
+    # Another thread, since this one may be warming up a graph: all that it allocates then is the graph's to reuse.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(table.to, device).result()
+
+
+_captured: dict[int, Tensor] = {}  # tables of parts that graphs may read whenever they are replayed
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _addresses(columns: list[list[Tensor]], device: torch.device) -> Tensor:
     """Return the addresses of the tensors of each weight side by side."""
     addresses = [t.data_ptr() for tensors in zip(*columns, strict=True) for t in tensors]
+    if _is_capturing(device):  # a copy would be repeated with what the host's memory holds by then
+        table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+        torch._foreach_add_(table.unbind(), addresses)  # as arguments of a kernel, which the graph keeps
+        return table
     table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)  # from pinned memory: no wait for the GPU
 
@@ -189,14 +247,23 @@ def _start(
             f"weight_standardize_many takes weights of one dtype and device, but got "
             f"{sorted({f'{w.dtype} on {w.device}' for w in weights})}. Call it once for each."
         )
+    form = {"BACK": backward, "CORR": correction, "INSIDE": eps_inside, "DTYPE": DTYPES[first.dtype]}
+    form |= {"SMALL": SMALL, "MIDDLE": MIDDLE, "TILE": TILE, "LARGE": LARGE, "CHUNK": CHUNK}
+    if len(weights) == 1:
+        count = len(first)
+        size = first.numel() // max(count, 1)
+        step = _step(size, SMALL, MIDDLE, TILE)
+        _launch.run(
+            _standardize_one, triton.cdiv(count, step), grads[0], first, outs[0], mean, std, count, size, step, eps,
+            **form,
+        )  # fmt: skip
+        return
     parts = _parts(tuple((len(w), w.numel()) for w in weights), SMALL, MIDDLE, TILE, first.device)
+    if _is_capturing(first.device):
+        _captured[id(parts)] = parts
     if len(parts) > 0:
         addresses = _addresses([grads, weights, outs], first.device)
-        _launch.run(
-            _standardize, len(parts), addresses, parts, mean, std, eps,
-            BACK=backward, CORR=correction, INSIDE=eps_inside,
-            DTYPE=DTYPES[first.dtype], SMALL=SMALL, MIDDLE=MIDDLE, TILE=TILE, LARGE=LARGE, CHUNK=CHUNK,
-        )  # fmt: skip
+        _launch.run(_standardize, len(parts), addresses, parts, mean, std, eps, **form)
 
 
 def _like(grad: Tensor, weight: Tensor) -> Tensor:
