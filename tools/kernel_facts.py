@@ -46,7 +46,7 @@ EDGES = (1, 1, 7, 1), (1, 1, 70, 1500), (1, 3, 1, 1)
 SHAPES = (2, 256, 200, 336), (8, 256, 8, 56, 56), (2, 256, 25, 42), (1024, 256, 14, 14)
 FILES = "group_norm", "batch_norm", "evonorm_s0", "evonorm_b0", "filter_response_norm", "weight_standardize"
 # kernels that write a tensor of the input's size
-STREAMS = {"apply", "gradient", "group_forward", "group_backward", "standardize"}
+STREAMS = {"apply", "gradient", "group_forward", "group_backward", "standardize", "standardize_one"}
 HEADER = [
     "op",
     "kernel",
@@ -164,7 +164,10 @@ def calls() -> Iterator[tuple[str, str, Any]]:
                 ):
                     yield edge + op, layout, call
         weights = [empty(64, 3, 7, 7, dtype=dtype), empty(256, 64, 1, 1, dtype=dtype)]
+        one = weights[1]
         stat = empty(320, 1)
+        yield "weight_standardize", "any", partial(ws.forward, one, 1e-5, 1, False)
+        yield "weight_standardize", "any", partial(ws.backward, one, one, stat[:256], stat[:256], 1e-5, 1, False)
         yield "weight_standardize", "any", partial(ws.forward_many, weights, 1e-5, 1, False)
         yield "weight_standardize", "any", partial(ws.backward_many, weights, weights, stat, stat, 1e-5, 1, False)
 

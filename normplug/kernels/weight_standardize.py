@@ -32,6 +32,11 @@ def _load(ptr, offs, mask, mean):
 
 
 @triton.jit
+def _quotient(total, count):
+    return tl.div_rn(total, count.to(tl.float32))  # rounded once: a GPU's "/" errs by up to two units
+
+
+@triton.jit
 def _divisor(std, eps, INSIDE: tl.constexpr):
     return tl.sqrt_rn(std * std + eps) if INSIDE else std + eps
 
@@ -40,10 +45,10 @@ def _divisor(std, eps, INSIDE: tl.constexpr):
 def _slopes(sum_g, sum_d, sum_gd, std, size, eps, CORRECTION: tl.constexpr, INSIDE: tl.constexpr):
     """Return a, b, c and e of dw = (g - a) * b - (d - c) * e, see ``reference_backward``."""
     divisor = _divisor(std, eps, INSIDE)
-    shift = sum_d / size  # what the mean lost when it was rounded: much, where it is large
+    shift = _quotient(sum_d, size)  # what the mean lost when it was rounded: much, where it is large
     root = divisor if INSIDE else tl.where(std == 0, 1.0, std)  # equal values: d is 0, and so are the sums with it
     slope = tl.div_rn(sum_gd - shift * sum_g, root) / (divisor * divisor * (size - CORRECTION))
-    return sum_g / size, tl.div_rn(1.0, divisor), shift, slope
+    return _quotient(sum_g, size), tl.div_rn(1.0, divisor), shift, slope
 
 
 @triton.jit
@@ -72,9 +77,9 @@ def _tile(
         # Less its first value, a filter has a mean near 0: no digit of it is lost, and equal values come out as 0.
         first = tl.load(w_ptr + r * size, mask=r < rows, other=0.0).to(tl.float32)
         d = _load(w_ptr, offs, mask, first)
-        shift = tl.sum(d, axis=1, keep_dims=True) / size
+        shift = _quotient(tl.sum(d, axis=1, keep_dims=True), size)
         d = tl.where(mask, d - shift, 0.0)
-        std = tl.sqrt_rn(tl.sum(d * d, axis=1, keep_dims=True) / (size - CORRECTION))
+        std = tl.sqrt_rn(_quotient(tl.sum(d * d, axis=1, keep_dims=True), size - CORRECTION))
         y = d * tl.div_rn(1.0, _divisor(std, eps, INSIDE))
         tl.store(mean_ptr + r, first + shift, mask=r < rows)
         tl.store(std_ptr + r, std, mask=r < rows)
@@ -111,13 +116,13 @@ def _long_row(
         for begin in range(0, size, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             sum_d += _load(w_ptr, offs, offs < size, first)
-        shift = tl.sum(sum_d) / size
+        shift = _quotient(tl.sum(sum_d), size)
         squares = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, size, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             d = tl.where(offs < size, _load(w_ptr, offs, offs < size, first) - shift, 0.0)
             squares += d * d
-        std = tl.sqrt_rn(tl.sum(squares) / (size - CORRECTION))
+        std = tl.sqrt_rn(_quotient(tl.sum(squares), size - CORRECTION))
         rstd = tl.div_rn(1.0, _divisor(std, eps, INSIDE))
         for begin in range(0, size, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
