@@ -209,7 +209,8 @@ class LocalBatchNorm(ConversionGuard):
         if not self.training and self.running_mean is not None:
             return normalize_by_running(self, x, act, residual)
         check_has_statistics(self, x, values_per_channel(x))
-        if _is_stock(x, act, residual, self.eps):
+        # Momentum None makes torch read its count on the host, which waits for a device and breaks CUDA graphs.
+        if _is_stock(x, act, residual, self.eps) and (x.is_cpu or self.momentum is not None or not self.training):
             return self._stock(x)
         y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
         count = values_per_channel(x)
@@ -226,7 +227,7 @@ class LocalBatchNorm(ConversionGuard):
         factor = 0.0 if self.momentum is None else self.momentum
         if count is not None:
             count.add_(1)
-            if self.momentum is None and not count.is_meta:
+            if self.momentum is None:
                 factor = 1.0 / float(count)
         y = stock_batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
         if mean is not None:

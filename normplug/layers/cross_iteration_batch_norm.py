@@ -114,7 +114,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
     - The history is part of the state dict, so a resumed run goes on as if it had not stopped. Checkpoints without
       one (of BN and others) load too. In a BN layer ``cbn_calls`` and ``history.*`` of ours are unexpected keys.
     - After a jump of the weights that is no training step, call ``reset_history()``.
-    - torch.compile works, with a break of the graph at the convolution and at this layer in training.
+    - torch.compile works, with a break of the graph at the convolution and at this layer in training. In training
+      the layer cannot be part of a captured CUDA graph, and says so.
     - Statistics are those of one process; DistributedDataParallel saves the history of rank 0.
 
     Args:
@@ -143,6 +144,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         ValueError: If an argument is out of its range or axis 1 of the input is not C long. In training also if the
             input is not the output of a convolution, if there is a single value per channel, and if a checkpointed
             region calls the layer several times per iteration.
+        RuntimeError: If a CUDA graph is captured in training.
 
     Reference:
         Z. Yao et al., "Cross-Iteration Batch Normalization", CVPR 2021, arXiv 2002.05712, eq. 7 to 12. Unlike the
@@ -202,6 +204,11 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         return trace.eagerly(self._train, x, residual, act)  # it follows calls and backward passes in Python
 
     def _train(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self} cannot be captured in a CUDA graph while it trains: replays would meet the same earlier "
+                f"batches again and again. Leave it out of the captured part, or use BN there."
+            )
         with_graph = torch.is_grad_enabled()
         device = "cpu" if x.is_meta else x.device.type  # autocast knows no device "meta"
         with torch.no_grad(), torch.autocast(device, enabled=False):
