@@ -267,6 +267,26 @@ def test_slices_of_memory_that_are_not_aligned():
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_parameters_of_any_stride_address_and_dtype(norm, on_chip):
+    """Every other value of a tensor, one value for all channels, a view at an odd address, half and double precision."""
+    _launch.ON_CHIP = on_chip
+    dy, x, *parameters, _ = tensors((1, 4, 3, 3), torch.float32, False)
+    for change in (
+        lambda p: torch.stack([p, p + 9], 1)[:, 0],
+        lambda p: p[:1].expand(4),
+        lambda p: torch.cat([p[:1], p])[1:],
+        lambda p: p.half(),
+        lambda p: p.double(),
+    ):
+        changed = [change(p) for p in parameters]
+        plain = [p.float().contiguous() for p in changed]
+        got, want = (NORMS[norm][0](dy, x, *given, None, None, 2) for given in (changed, plain))
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6)
+
+
 def test_splits_of_sums_are_uneven_and_complete():
     """5 tiles in 4 programs: two each, the last one has one, none is lost."""
     _launch.TILE, _launch.ON_CHIP = 64, 1
@@ -275,6 +295,13 @@ def test_splits_of_sums_are_uneven_and_complete():
     assert (tiles.block_outer, tiles.block_inner, tiles.position_tiles) == (1, 64, 5)
     data = tensors((1, 1, 5 * 64), torch.float32, False)
     compare("group_norm", *data, None, 1)
+
+
+def test_sums_have_the_dtype_of_the_statistics():
+    dy, x, *_ = tensors((2, 4, 5), torch.float32, False)
+    for dtype in (torch.float32, torch.float64):
+        mean, rstd = torch.zeros(2, 4, dtype=dtype, device=DEVICE)
+        assert {s.dtype for s in kernel("batch_norm").reduce(dy, x, mean, rstd, None, None, None, None)} == {dtype}
 
 
 @pytest.mark.skipif(not CUDA, reason="more than 2**31 values take a GPU's memory")

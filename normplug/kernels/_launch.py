@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -118,4 +118,11 @@ def like(dy: Tensor, x: Tensor) -> Tensor:
 def run(kernel, programs: int, *args, warps: int = 4, **constants) -> None:
     """Start a kernel; every launch of the package goes through here."""
     if programs:
+        args = tuple(_with_neighbours(value) for value in args)
         kernel[(programs,)](*args, **constants, num_warps=warps)
+
+
+def _with_neighbours(value: Any) -> Any:
+    """Return a parameter or statistic (C,) with one value behind the other, as kernels read it; other arguments as is."""
+    is_strided = isinstance(value, Tensor) and value.ndim == 1 and not value.is_contiguous()
+    return value.contiguous() if is_strided else value

@@ -50,7 +50,8 @@ def reduce(
     dy, residual = _laid_out(dy, x, residual)
     parts, _ = _passes.sums(AFFINE, dy, x, Channels(mean, rstd, weight, bias), act, residual)
     plain, by_x = parts.sum(1)
-    return plain.clone(), by_x.clone()  # an op's results must not share their memory
+    # An op's results must not share their memory, and have the dtype of the statistics.
+    return plain.to(mean.dtype, copy=True), by_x.to(mean.dtype, copy=True)
 
 
 def dx(
