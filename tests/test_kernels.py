@@ -14,7 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import normplug.ops  # noqa: F401
-from normplug.ops._common import for_backward, has_triton
+from normplug.ops._common import for_backward
+from normplug.ops._registration import has_triton
 
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
@@ -34,11 +35,17 @@ def kernel(name):
     return importlib.import_module(f"normplug.kernels.{name}")
 
 
+def sized(tile=None, on_chip=None):
+    """Let tiles have so many values, and kernels for one pass."""
+    _launch.TILE, _launch.ON_CHIP = tile or _launch.TILE, on_chip or _launch.ON_CHIP
+    _launch.forget_plans()
+
+
 @pytest.fixture(autouse=True)
 def restored_tiles():
     before = _launch.TILE, _launch.ON_CHIP
     yield
-    _launch.TILE, _launch.ON_CHIP = before
+    sized(*before)
 
 
 def frn(x, weight, bias, tau, eps=1e-6):
@@ -179,7 +186,7 @@ def test_any_shape_layout_and_dtype(norm, case):
     values = per_statistic.get(norm, positions if norm != "batch_norm" else shape[0] * positions)
     if values < MANY_ENOUGH:
         shape = (shape[0], *[6 * groups] * 1, *shape[2:]) if norm in per_statistic else (*shape[:2], 7)
-    _launch.TILE, _launch.ON_CHIP = case["tile"], case["on_chip"]
+    sized(case["tile"], case["on_chip"])
     alone = norm.startswith(("evonorm", "filter"))
     data = tensors(shape, case["dtype"], case["channels_last"], case["mean"], case["residual"] and not alone)
     # x - mean loses as many digits as the mean has more than x - mean
@@ -192,7 +199,7 @@ def test_any_shape_layout_and_dtype(norm, case):
 @pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
 def test_mean_1000_and_variance_1(norm, channels_last, on_chip):
     """E[x²] - E[x]² in float32 returns noise here. What is allowed is the spacing of float32 at 1000."""
-    _launch.ON_CHIP, _launch.TILE = on_chip, 512
+    sized(512, on_chip)
     dy, x, weight, bias, v, _ = tensors((2, 8, 25, 37), torch.float32, channels_last, 1000.0)
     compare(norm, dy, x, weight, bias, v, None, None, 2, scale=1000 / 24)
 
@@ -202,7 +209,7 @@ def test_mean_1000_and_variance_1(norm, channels_last, on_chip):
 @pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_same_bits_on_every_run(norm, on_chip, channels_last):
-    _launch.ON_CHIP, _launch.TILE = on_chip, 512 if channels_last else 128
+    sized(512 if channels_last else 128, on_chip)
     data = tensors((2, 4, 9, 20), torch.float32, channels_last)
     first, second = (NORMS[norm][0](*data, None, 2) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -289,7 +296,7 @@ def test_parameters_of_any_stride_address_and_dtype(norm, on_chip):
 
 def test_splits_of_sums_are_uneven_and_complete():
     """5 tiles in 4 programs: two each, the last one has one, none is lost."""
-    _launch.TILE, _launch.ON_CHIP = 64, 1
+    sized(64, 1)
     at = _launch.Layout.of(torch.empty(1, 1, 5 * 64))
     tiles = _launch.tiling(at)
     assert (tiles.block_outer, tiles.block_inner, tiles.position_tiles) == (1, 64, 5)

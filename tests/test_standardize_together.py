@@ -106,7 +106,7 @@ def launches(monkeypatch):
 @pytest.fixture
 def backward_launches(monkeypatch):
     counts = []
-    for name in ("_backward_op", "_many_backward_op"):
+    for name in ("_standardize_backward", "_many_backward"):
         op = getattr(ops, name)
         count = (lambda grads: len(grads)) if "many" in name else lambda grad: 1
         monkeypatch.setattr(ops, name, lambda g, *args, op=op, count=count: counts.append(count(g)) or op(g, *args))

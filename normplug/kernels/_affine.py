@@ -10,17 +10,17 @@ __all__ = ["AFFINE"]
 
 
 @triton.jit
-def _value(x, mean, rstd, weight, bias, _v, _u, residual, ACT: tl.constexpr):
-    return activate((x - mean) * rstd * weight + bias + residual, ACT)
+def _value(x, mean, rstd, weight, bias, _v, _u, residual, slope, ACT: tl.constexpr):
+    return activate((x - mean) * rstd * weight + bias + residual, slope, ACT)
 
 
 @triton.jit
-def _grads(dy, x, mean, rstd, weight, bias, _v, _u, residual, ACT: tl.constexpr):
+def _grads(dy, x, mean, rstd, weight, bias, _v, _u, residual, slope, ACT: tl.constexpr):
     x_hat = (x - mean) * rstd
     if ACT == "relu_of_output":  # then the output is in the residual's place
-        dz = activation_grad(dy, residual, "relu")
+        dz = activation_grad(dy, residual, 0.0, "linear")
     else:
-        dz = activation_grad(dy, x_hat * weight + bias + residual, ACT)
+        dz = activation_grad(dy, x_hat * weight + bias + residual, slope, ACT)
     return rstd * (weight * dz), dz, dz * x_hat, 0.0, 0.0, 0.0
 
 

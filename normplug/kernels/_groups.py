@@ -1,14 +1,32 @@
-"""Norms by groups of channels per sample: one pass where a group fits into a program, the general passes elsewhere."""
+"""Norms by statistics of groups, or of channels over all samples, as ops call them.
+
+Where a group fits into a program it is normalized in one pass, elsewhere by the general ones. How is planned once per
+shape: what follows in later calls is a lookup, the memory for results, and the kernels.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from normplug.kernels import _launch, _passes
-from normplug.kernels._launch import Layout, fits_on_chip, like
+from normplug.kernels._activations import as_constant
+from normplug.kernels._launch import Layout, Step, dtypes_of, fits_on_chip, like, planned, stream_of, vector
+from normplug.kernels._passes import (
+    FOLDED,
+    Parts,
+    Pass,
+    Statistics,
+    apply_step,
+    gradient_step,
+    sums_step,
+    totals_step,
+)
 from normplug.kernels._tiles import (
-    Channels,
+    PER_CHANNEL,
+    SIZES,
     Formula,
     load,
     load_at,
@@ -18,7 +36,7 @@ from normplug.kernels._tiles import (
     tile_constants,
 )
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "is_channels_last"]
 
 
 @triton.jit
@@ -40,9 +58,10 @@ def _group_tile(outer, inner, group_size, CHANNELS_LAST: tl.constexpr, BO: tl.co
     return start, o * inner + i, mask, n, c, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "eps", "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
 def _group_forward(
-    x_ptr, y_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, outer, units, group_units, values, eps,
+    x_ptr, y_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr,
+    outer, units, group_units, values, eps, slope,
     VALUE: tl.constexpr, ACT: tl.constexpr, HAS_MEAN: tl.constexpr, VEC: tl.constexpr, GROUP_VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
@@ -70,15 +89,16 @@ def _group_forward(
         load(v_ptr, c, valid, 0.0),
         0.0,
         load_at(residual_ptr, start, offs, mask),
+        slope,
         ACT,
     )
     store(y_ptr + start, offs, y, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
 def _group_backward(
-    dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, sums_ptr, dx_ptr, dz_ptr,
-    outer, units, group_units, values, step,
+    dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, parts_ptr, dx_ptr, dz_ptr,
+    outer, units, group_units, values, step, slope,
     GRADS: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, CENTRED: tl.constexpr,
     VEC: tl.constexpr, GROUP_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +120,7 @@ def _group_backward(
         load(v_ptr, c, valid, 0.0),
         0.0,
         residual,
+        slope,
         ACT,
     )
     if dz_ptr is not None:
@@ -107,23 +128,74 @@ def _group_backward(
     channels = inner if CHANNELS_LAST else outer
     at = n * channels + c
     s0, s1 = over_positions(e0, CHANNELS_LAST), over_positions(e1, CHANNELS_LAST)
-    store(sums_ptr, at, s0, valid)
-    store(sums_ptr + step, at, s1, valid)
+    store(parts_ptr, at, s0, valid)
+    store(parts_ptr + step, at, s1, valid)
     if SUMS > 2:
-        store(sums_ptr + 2 * step, at, over_positions(e2, CHANNELS_LAST), valid)
+        store(parts_ptr + 2 * step, at, over_positions(e2, CHANNELS_LAST), valid)
     if CENTRED:
         dx -= rstd * (over_all(weight * s0) / values)
     dx -= (x - mean) * (rstd * rstd * (over_all(weight * s1) / values))
     store(dx_ptr + start, offs, dx, mask)
 
 
-def _group_sizes(x: Tensor, groups: int, tensors: int) -> tuple[Layout, tuple[int, int] | None, list[int], int]:
-    group_size = x.shape[1] // groups
-    at = Layout.of(x, channels=group_size)
-    group_vec = at.vec if at.channels_last else 1
-    values = group_size * at.positions
-    block = fits_on_chip(at, group_size, x.itemsize, tensors)
-    return at, block, [at.outer, at.units, group_size // group_vec, values], group_vec
+class _Forward(NamedTuple):
+    """What ``forward`` does for a shape: one kernel (whole), or first, join (unless apply does it) and apply."""
+
+    whole: Step | None = None
+    first: Step | None = None
+    join: Step | None = None
+    apply: Step | None = None
+    workspace: int = 0
+    shape: tuple[int, ...] = ()  # of the statistics
+
+
+@planned
+def _forward(
+    formula: Formula, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: int, groups: int,
+    per_sample: bool, act: str | None, eps: float, _given: tuple[torch.dtype | None, ...],
+) -> _Forward:  # fmt: skip
+    channels_last = is_channels_last(shape, stride)
+    of_groups = (shape[0], groups) if per_sample else (groups,)
+    if per_sample and (tile := _whole(shape, channels_last, dtype, groups, tensors=1)):
+        at, block, sizes, group_vec = tile
+        act, slope = as_constant(act)
+        constants = {"VALUE": formula.value, "ACT": act, "HAS_MEAN": formula.has_mean, "GROUP_VEC": group_vec}
+        constants |= tile_constants(at, block)
+        numbers = [*sizes, eps, slope]
+        return _Forward(Step(_group_forward, shape[0] * groups, numbers, constants, _warps(block)), shape=of_groups)
+    statistics = Statistics.of(shape, channels_last, groups, per_sample, device)
+    folded = statistics if statistics.folds else None
+    given = Pass.over(shape, channels_last, groups, per_sample)
+    return _Forward(
+        first=statistics.partial(),
+        join=None if folded else statistics.join(eps, formula.has_mean),
+        apply=apply_step(formula, given, folded, eps, act, device),
+        workspace=statistics.workspace,
+        shape=of_groups,
+    )
+
+
+def is_channels_last(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Tell whether a dense tensor of that shape is channels-last and not contiguous."""
+    step = 1
+    for size, distance in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and distance != step:
+            return True
+        step *= size
+    return False
+
+
+def _whole(
+    shape: torch.Size, channels_last: bool, dtype: torch.dtype, groups: int, tensors: int
+) -> tuple[Layout, tuple[int, int], list[int], int] | None:
+    """Return layout, tile and sizes for a program per group, or None where so many tensors of one do not fit in it."""
+    group_size = shape[1] // groups
+    at = Layout.read(shape, channels_last, channels=group_size)
+    block = fits_on_chip(at, group_size, dtype.itemsize, tensors)
+    if block is None:
+        return None
+    group_vec = at.vec if channels_last else 1
+    return at, block, [at.outer, at.units, group_size // group_vec, group_size * at.positions], group_vec
 
 
 def _warps(block: tuple[int, int]) -> int:
@@ -133,57 +205,119 @@ def _warps(block: tuple[int, int]) -> int:
 
 def forward(
     formula: Formula, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, v: Tensor | None,
-    eps: float, act: str | None = None, residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Return y, mean (None if the formula has none) and rstd (N, G) of a norm by groups of channels per sample."""
-    n = x.shape[0]
-    if x.numel() == 0:
-        mean, rstd = (x.new_zeros(n, groups, dtype=torch.float32) for _ in range(2))
-        return torch.empty_like(x), mean if formula.has_mean else None, rstd
-    at, block, sizes, group_vec = _group_sizes(x, groups, tensors=1)
-    if block is None:
-        kind = "rstd" if formula.has_mean else "square"
-        mean, rstd = _passes.statistics(x, groups, eps, kind)
-        given = Channels(mean if formula.has_mean else None, rstd, weight, bias, v)
-        return _passes.apply(formula, x, given, act, residual), given.mean, rstd
+    eps: float, act: str | None = None, residual: Tensor | None = None, per_sample: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """Return y, mean (None if the formula has none), rstd, and the sum of squared deviations for all samples.
+
+    Statistics are of groups of channels in a sample, (N, G), or, unless per_sample, of channels in all samples, (C,);
+    the last result is None for the former.
+    """
     y = torch.empty_like(x)
-    mean = x.new_empty(n, groups, dtype=torch.float32) if formula.has_mean else None
-    rstd = x.new_empty(n, groups, dtype=torch.float32)
+    if x.numel() == 0:
+        rstd = x.new_zeros((x.shape[0], groups) if per_sample else groups, dtype=torch.float32)
+        mean = torch.zeros_like(rstd) if formula.has_mean else None
+        return y, mean, rstd, None if per_sample else torch.zeros_like(rstd)
+    device = x.get_device()
+    weight, bias, v = vector(weight), vector(bias), vector(v)
+    given = dtypes_of(weight, bias, v, residual)
+    plan = _forward(formula, x.shape, x.stride(), x.dtype, device, groups, per_sample, act, eps, given)
+    x = like(x, y)
     if residual is not None:
         residual = like(residual, x)
-    _launch.run(
-        _group_forward, n * groups, x, y, residual, mean, rstd, weight, bias, v, *sizes, eps, warps=_warps(block),
-        VALUE=formula.value, ACT=act, HAS_MEAN=formula.has_mean, GROUP_VEC=group_vec, **tile_constants(at, block),
-    )  # fmt: skip
-    return y, mean, rstd
+    stream = stream_of(device)
+    rstd = x.new_empty(plan.shape, dtype=torch.float32)
+    mean = torch.empty_like(rstd) if formula.has_mean else None
+    m2 = None if per_sample else torch.empty_like(rstd)
+    if plan.whole is not None:
+        plan.whole(stream, x, y, residual, mean, rstd, weight, bias, v)
+        return y, mean, rstd, m2
+    parts: Tensor | None = x.new_empty(plan.workspace, dtype=torch.float32)
+    plan.first(stream, x, parts)
+    if plan.join is not None:
+        plan.join(stream, parts, mean, rstd, m2)
+        parts = None
+    plan.apply(stream, x, y, residual, parts, mean, rstd, m2, weight, bias, v, None)
+    return y, mean, rstd, m2
+
+
+class _Backward(NamedTuple):
+    """What ``backward`` does for a shape: one kernel for dx (whole), or sums and gradient, and totals as planned.
+
+    ``totals`` is None where the gradient needs none: there it also sums the gradients of parameters up.
+    """
+
+    whole: Step | None = None
+    sums: Step | None = None
+    totals: Step | None = None
+    gradient: Step | None = None
+    workspace: int = 0
+
+
+@planned
+def _backward(
+    formula: Formula, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: int, groups: int,
+    per_sample: bool, act: str | None, wants_dz: bool, _given: tuple[torch.dtype | None, ...],
+) -> _Backward:  # fmt: skip
+    channels_last = is_channels_last(shape, stride)
+    n, c = shape[:2]
+    if per_sample and (tile := _whole(shape, channels_last, dtype, groups, tensors=2)):
+        at, block, sizes, group_vec = tile
+        act, slope = as_constant(act)
+        constants = {"GRADS": formula.grads, "SUMS": formula.sums, "ACT": act, "CENTRED": formula.centred}
+        constants |= {"GROUP_VEC": group_vec, **tile_constants(at, block)}
+        whole = Step(_group_backward, n * groups, [*sizes, n * c, slope], constants, _warps(block))
+        totals = totals_step(formula, c, groups, Parts(n, 1, 1, 1), sizes[-1], terms=0)
+        return _Backward(whole, totals=totals, workspace=formula.sums * n * c)
+    given = Pass.over(shape, channels_last, groups, per_sample, formula.sums)
+    parts = Parts.of(given.at, given.tiles, given.batches, device)
+    values = given.group_size * math.prod(shape[2:]) * (1 if per_sample else n)
+    folds = not channels_last and parts.splits * given.group_size <= FOLDED
+    totals = None if folds else totals_step(formula, c, groups, parts, values, given.batches * groups)
+    return _Backward(
+        sums=sums_step(formula, given, parts, act),
+        totals=totals,
+        gradient=gradient_step(
+            formula, Pass.over(shape, channels_last, groups, per_sample), parts if folds else None, values, act, device
+        ),
+        workspace=formula.sums * parts.number * c,
+    )
 
 
 def backward(
     formula: Formula, dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, v: Tensor | None, act: str | None = None, residual: Tensor | None = None,
     wants_dz: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx, the formula's sums (sums, C), and dz where asked for (else empty): the gradients of ``forward``."""
-    (n, c), groups = x.shape[:2], rstd.shape[1]
-    if x.numel() == 0:
-        zeros = x.new_zeros(formula.sums, c, dtype=torch.float32)
-        return torch.empty_like(x), zeros, torch.empty_like(x) if wants_dz else x.new_empty(0)
-    dy = like(dy, x)
-    if residual is not None:
-        residual = like(residual, x)
-    at, block, sizes, group_vec = _group_sizes(x, groups, tensors=2)
-    if block is None:
-        given = Channels(mean, rstd, weight, bias, v)
-        parts, splits = _passes.sums(formula, dy, x, given, act, residual)
-        t1, t2 = _passes.group_terms(formula, parts, splits, given, c // groups * at.positions)
-        dx, dz = _passes.gradient(formula, dy, x, given, t1, t2, act, residual, wants_dz)
-        return dx, parts.sum(1), dz
-    dx = torch.empty_like(x)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Return dx, the formula's sums per channel (C,): two, and a third or None; and dz where asked for (else empty)."""
+    dx, c = torch.empty_like(x), x.shape[1]
+    dbias = x.new_empty(c, dtype=torch.float32)
+    dweight = torch.empty_like(dbias)
+    dv = torch.empty_like(dbias) if formula.sums > 2 else None
     dz = torch.empty_like(x) if wants_dz else None
-    parts = x.new_empty(formula.sums, n, c, dtype=torch.float32)
-    _launch.run(
-        _group_backward, n * groups, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz, *sizes,
-        parts.stride(0), warps=_warps(block), GRADS=formula.grads, SUMS=formula.sums, ACT=act, CENTRED=formula.centred,
-        GROUP_VEC=group_vec, **tile_constants(at, block),
-    )  # fmt: skip
-    return dx, parts.sum(1), x.new_empty(0) if dz is None else dz
+    none = x.new_empty(0) if dz is None else dz
+    if x.numel() == 0:
+        return dx, dbias.zero_(), dweight.zero_(), None if dv is None else dv.zero_(), none
+    device, per_sample = x.get_device(), rstd.ndim == 2
+    weight, bias, v = vector(weight), vector(bias), vector(v)
+    given = dtypes_of(weight, bias, v, residual)
+    plan = _backward(formula, x.shape, x.stride(), x.dtype, device, rstd.shape[-1], per_sample, act, wants_dz, given)
+    x = like(x, dx)
+    dy = like(dy, dx)
+    if residual is not None:
+        residual = like(residual, dx)
+    stream = stream_of(device)
+    parts: Tensor | None = x.new_empty(plan.workspace, dtype=torch.float32)
+    if plan.whole is not None:
+        plan.whole(stream, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz)
+        plan.totals(stream, parts, weight, rstd, None, None, dbias, dweight, dv)
+        return dx, dbias, dweight, dv, none
+    plan.sums(stream, dy, x, residual, mean, rstd, weight, bias, v, None, parts)
+    per_channel = mean, rstd, weight, bias, v, None
+    if plan.totals is None:
+        plan.gradient(stream, dy, x, residual, *per_channel, None, None, parts, dx, dz, dbias, dweight, dv)
+        return dx, dbias, dweight, dv, none
+    t1 = torch.empty_like(rstd) if formula.centred else None
+    t2 = torch.empty_like(rstd)
+    plan.totals(stream, parts, weight, rstd, t1, t2, dbias, dweight, dv)
+    plan.gradient(stream, dy, x, residual, *per_channel, t1, t2, None, dx, dz, None, None, None)
+    return dx, dbias, dweight, dv, none

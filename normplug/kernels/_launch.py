@@ -2,13 +2,19 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Layout", "Tiling", "fits_on_chip", "like", "run", "split", "tiling"]
+__all__ = [
+    "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "like", "multiprocessors", "planned",
+    "run", "split", "stream_of", "tiling", "vector",
+]  # fmt: skip
+
+Plan = TypeVar("Plan")
 
 # Values per tile and program: with 4 warps 16 a thread, two 128-bit loads of a half type or four of float32.
 TILE = 2048
@@ -23,9 +29,10 @@ ON_CHIP = 16384
 class Layout(NamedTuple):
     """A dense (N, C, *) as N matrices (outer, inner): (C, P) if contiguous, (P, C) if channels-last.
 
-    ``units`` is inner divided by ``vec``, the largest power of two up to 16 that divides it (and ``channels``, the
-    block of neighbouring channels that must not be split, where channels are innermost). A kernel multiplies the two
-    again: that is how the compiler learns that rows start at multiples of vec and may be loaded in vectors.
+    ``units`` is inner divided by ``vec``: 8, 4 or 1, the largest that divides it (and ``channels``, the block of
+    neighbouring channels that must not be split, where channels are innermost). A kernel multiplies the two again:
+    that is how the compiler learns that rows start at multiples of vec and may be loaded in vectors. 8 values of a half
+    type are the widest load there is; a finer choice would only make more kernels to compile.
     """
 
     samples: int
@@ -37,13 +44,23 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, channels: int = 16, merge: bool = False) -> "Layout":
         """Read off a contiguous or channels-last x; with merge all samples are one where that is no copy."""
-        n, c, p = x.shape[0], x.shape[1], x.shape[2:].numel()
-        channels_last = not x.is_contiguous()
+        return cls.read(x.shape, not x.is_contiguous(), channels, merge)
+
+    @classmethod
+    def read(cls, shape: torch.Size, channels_last: bool, channels: int = 16, merge: bool = False) -> "Layout":
+        """Return the layout of a tensor of that shape."""
+        n, c, p = shape[0], shape[1], shape[2:].numel()
         if merge and channels_last:
             n, p = 1, n * p
         outer, inner = (p, c) if channels_last else (c, p)
-        vec = math.gcd(inner, 16, channels if channels_last else 16)
-        return cls(n, outer, inner // vec, vec, channels_last)
+        return cls.rows(n, outer, inner, channels_last, channels)
+
+    @classmethod
+    def rows(cls, samples: int, outer: int, inner: int, channels_last: bool = False, channels: int = 16) -> "Layout":
+        """Return the layout of matrices of these sizes."""
+        common = math.gcd(inner, 8, channels if channels_last else 8)
+        vec = common if common >= 4 else 1
+        return cls(samples, outer, inner // vec, vec, channels_last)
 
     @property
     def inner(self) -> int:
@@ -70,30 +87,34 @@ class Tiling(NamedTuple):
 def tiling(at: Layout, sums: int = 0) -> Tiling:
     """Choose the tile: rows as long as possible, unless a shorter one leaves fewer lanes without a value.
 
-    A program that keeps more than three running sums of every lane takes half as many.
+    Where positions are innermost their number changes from batch to batch, and every shape of a tile is one more kernel
+    to compile: there are three, each with a quarter of the row of the one before. A program that keeps more than three
+    running sums of every lane takes tiles of half the size.
     """
     size = TILE if sums <= 3 else TILE // 2
-    longest = max(SHORTEST, min(size, triton.next_power_of_2(at.inner)))
-    if at.channels_last:
-        longest = min(longest, 256)  # several positions per tile: what is loaded per channel serves all of them
-    sizes = [longest >> i for i in range(longest.bit_length()) if longest >> i >= SHORTEST]
+    if at.channels_last:  # several positions per tile: what is loaded per channel serves all of them
+        longest = max(SHORTEST, min(size, 256, triton.next_power_of_2(at.inner)))
+        sizes = [longest >> i for i in range(longest.bit_length()) if longest >> i >= SHORTEST]
+    else:
+        sizes = [size >> i for i in (0, 2, 4) if size >> i >= SHORTEST] or [size]
     covered = {size: triton.cdiv(at.inner, size) * size for size in sizes}
     least = min(covered.values())
     block_inner = next(size for size in sizes if covered[size] <= 1.15 * least)
-    block_outer = max(1, min(size // block_inner, triton.next_power_of_2(at.outer)))
+    block_outer = max(1, size // block_inner)
     outer, inner = triton.cdiv(at.outer, block_outer), triton.cdiv(at.inner, block_inner)
     return Tiling(block_outer, block_inner, *((inner, outer) if at.channels_last else (outer, inner)))
 
 
-def split(programs: int, tiles: int, device: torch.device) -> int:
+def split(programs: int, tiles: int, device: int) -> int:
     """Return into how many programs to cut a sum over tiles, so that ``programs`` such sums fill the device."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * _multiprocessors(device), max(programs, 1))
+    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(device), max(programs, 1))
     return max(1, min(wanted, tiles))
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors the GPU of that index has."""
+    if device < 0:
         return 132  # the interpreter takes its time whatever the number; this is what an H200 has
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -105,24 +126,99 @@ def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tu
     """
     if at.channels_last and group_size * itemsize < 16 and at.channels > group_size:
         return None
-    rows, columns = (at.positions, group_size) if at.channels_last else (group_size, at.positions)
-    block = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
+    positions, channels = _rounded(at.positions), triton.next_power_of_2(group_size)
+    if positions * channels * tensors > ON_CHIP:
+        positions = triton.next_power_of_2(at.positions)
+    block = (positions, channels) if at.channels_last else (channels, positions)
     return block if block[0] * block[1] * tensors <= ON_CHIP else None
 
 
+def _rounded(positions: int) -> int:
+    """Round up to a power of 4, at least 16: the number of positions changes from batch to batch, see ``tiling``."""
+    bits = (positions - 1).bit_length()
+    return max(16, 1 << (bits + bits % 2))
+
+
 def like(dy: Tensor, x: Tensor) -> Tensor:
-    """Return dy laid out as x: a copy if it is not (a loss of another layout, or one value expanded)."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+    """Return dy laid out as x, in its dtype and from 16 bytes on: itself, or a copy.
+
+    A loss of another layout is not, nor one value expanded, nor a view that starts anywhere.
+    """
+    if dy.stride() == x.stride() and not dy.data_ptr() % 16 and dy.dtype is x.dtype:
+        return dy
+    return torch.empty_like(x).copy_(dy)
 
 
-def run(kernel, programs: int, *args, warps: int = 4, **constants) -> None:
-    """Start a kernel; every launch of the package goes through here."""
-    if programs:
-        args = tuple(_with_neighbours(value) for value in args)
-        kernel[(programs,)](*args, **constants, num_warps=warps)
+def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Return what a plan depends on beside sizes: which tensors there are, and of which dtypes."""
+    return tuple([None if t is None else t.dtype for t in tensors])  # a list: no generator has to be made
 
 
-def _with_neighbours(value: Any) -> Any:
-    """Return a parameter or statistic (C,) with one value behind the other, as kernels read it; other arguments as is."""
-    is_strided = isinstance(value, Tensor) and value.ndim == 1 and not value.is_contiguous()
-    return value.contiguous() if is_strided else value
+def vector(values: Tensor | None) -> Tensor | None:
+    """Return values per channel one beside the other in memory, as kernels read them."""
+    return values if values is None or values.is_contiguous() else values.contiguous()
+
+
+# From this version on a compiled kernel takes all arguments of its function, constants included.
+_STARTS_DIRECTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+# Plans of a kind that are kept: of each layer of a large model for some hundred sizes of images.
+_PLANS = 1 << 16
+_kept: list[Any] = []
+
+
+def planned(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Let a function, which plans for a shape, do so once per shape."""
+    kept = functools.lru_cache(_PLANS)(plan)
+    _kept.append(kept)
+    return kept
+
+
+def forget_plans() -> None:
+    """Plan anew from the next call on: after a change of the sizes above, which only tests make."""
+    for plans in _kept:
+        plans.cache_clear()
+
+
+class Step:
+    """A kernel with its grid, numbers and constants, to be called with its tensors, in the order of its arguments.
+
+    Numbers and constants of a step never change, so that after the first call, for which Triton compiles or finds the
+    kernel, what it matched and looked up is known: the compiled kernel is started directly. The caller sees to what
+    would make it another kernel: dtypes, which tensors are None, and that the others start at multiples of 16 bytes
+    unless the kernel says that it does not care. A step belongs to one device.
+    """
+
+    __slots__ = ("_grid", "_handles", "_start", "_tail", "constants", "kernel", "numbers", "programs", "warps")
+
+    def __init__(
+        self, kernel: Any, programs: int, numbers: Sequence[float], constants: dict[str, Any], warps: int = 4
+    ) -> None:
+        self.kernel, self.programs, self.numbers, self.warps = kernel, programs, tuple(numbers), warps
+        names = kernel.arg_names
+        self.constants = {name: constants[name] for name in names[len(names) - len(constants) :]}
+        self._tail = (*self.numbers, *self.constants.values())
+        self._grid = programs, 1, 1
+        self._start: Any = None
+        self._handles: tuple[Any, ...] = ()
+
+    def __call__(self, stream: int, *tensors: Tensor | None) -> None:
+        if self._start is not None:
+            self._start(*self._grid, stream, *self._handles, *tensors, *self._tail)
+            return
+        compiled = run(self.kernel, self.programs, *tensors, *self.numbers, warps=self.warps, **self.constants)
+        if compiled is not None and _STARTS_DIRECTLY:
+            # What Triton hands over itself; the three None are for hooks that its own profiler sets.
+            self._handles = compiled.function, compiled.packed_metadata, None, None, None
+            self._start = compiled.run
+
+
+def run(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> Any:
+    """Start a kernel through Triton and return it compiled (None in the interpreter); every first launch comes here."""
+    return kernel[(programs,)](*args, **constants, num_warps=warps)
+
+
+def stream_of(device: int) -> int:
+    """Return the current stream of the GPU of that index, as kernels are started on it."""
+    return 0 if device < 0 else torch._C._cuda_getCurrentRawStream(device)

@@ -5,6 +5,7 @@ which axis parameters and sums lie.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -14,18 +15,29 @@ from torch import Tensor
 from normplug.kernels._launch import Layout
 
 __all__ = [
-    "Channels", "Formula", "channels_of", "load", "load_at", "over_all", "over_positions", "store", "tile",
-    "tile_constants",
+    "PER_CHANNEL", "SIZES", "Channels", "Formula", "channels_of", "load", "load_at", "over_all", "over_positions",
+    "store", "tile", "tile_constants",
 ]  # fmt: skip
 
+# Arguments of kernels that change from batch to batch. Triton would compile a kernel for each that is 1 or a multiple
+# of 16; what such knowledge is good for, wide loads, they learn from VEC.
+SIZES = [
+    "outer", "units", "group_units", "channels", "group_size", "per_sample", "channel_tiles", "tiles", "runs",
+    "per_run", "splits", "per_split", "per_batch", "stat_tiles", "stat_positions", "stat_block", "step", "values",
+    "parts", "terms", "adders", "length",
+]  # fmt: skip
+# Arguments that are loaded once per channel: they may start anywhere, as views into an optimizer's flat buffer do.
+PER_CHANNEL = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "v_ptr", "u_ptr"]
 
-class Formula(NamedTuple):
+
+@dataclass(frozen=True, eq=False)  # the same only if identical: a key that is cheap to hash
+class Formula:
     """A norm in terms of single values, for the passes.
 
     Attributes:
-        value: (x, mean, rstd, weight, bias, v, u, residual, ACT) -> y, a ``triton.jit`` function.
-        grads: (dy, x, mean, rstd, weight, bias, v, u, residual, ACT) -> six values: dL/dx at constant statistics, and
-            up to five whose sums per channel are wanted: the gradients of bias and weight first.
+        value: (x, mean, rstd, weight, bias, v, u, residual, slope, ACT) -> y, a ``triton.jit`` function.
+        grads: (dy, x, mean, rstd, weight, bias, v, u, residual, slope, ACT) -> six values: dL/dx at constant
+            statistics, and up to five whose sums per channel are wanted: the gradients of bias and weight first.
         sums: How many of the five.
         has_mean: False for a norm that divides by the root of the mean square.
         centred: True if the mean is subtracted from x, so that it passes a gradient of its own.

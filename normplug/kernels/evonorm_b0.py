@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normplug.kernels import _passes
-from normplug.kernels._launch import like
+from normplug.kernels import _by_channel
 from normplug.kernels._tiles import Channels, Formula
 
 __all__ = ["backward", "forward"]
@@ -19,12 +18,12 @@ def _divisor(d, u):
 
 # Where other norms have 1/std, these two have the instance's std itself; u is the root of the batch's variance.
 @triton.jit
-def _value(x, _mean, std, weight, bias, v, u, _residual, ACT: tl.constexpr):
+def _value(x, _mean, std, weight, bias, v, u, _residual, _slope, ACT: tl.constexpr):
     return x / _divisor(v * x + std, u) * weight + bias
 
 
 @triton.jit
-def _grads(dy, x, _mean, std, weight, _bias, v, u, _residual, ACT: tl.constexpr):
+def _grads(dy, x, _mean, std, weight, _bias, v, u, _residual, _slope, ACT: tl.constexpr):
     d = v * x + std
     is_bound = d <= u  # and not its opposite: NaN goes the way that keeps it
     d = _divisor(d, u)
@@ -46,7 +45,7 @@ def forward(
     if x.numel() == 0:
         mean, std, total = (x.new_zeros(shape, dtype=torch.float32) for shape in ((n, c), (n, c), c))
         return torch.empty_like(x), mean, std, total if batch_var is None else batch_var.float().clone()
-    mean, m2 = _passes.statistics(x, c, eps, "m2")
+    mean, m2 = _by_channel.statistics(x, per_sample=True)
     var = m2 / x.shape[2:].numel()
     if batch_var is not None:
         total = batch_var.to(var.dtype, copy=True)
@@ -54,7 +53,7 @@ def forward(
         total = var.mean(0) + (mean - mean.mean(0)).square_().mean(0)
     std = (var + eps).sqrt_()
     given = Channels(mean, std, weight, bias, v, (total + eps).sqrt_())
-    return _passes.apply(EVONORM_B0, x, given, None, None), mean, std, total
+    return _by_channel.apply(EVONORM_B0, x, given, None, None), mean, std, total
 
 
 def backward(
@@ -73,10 +72,9 @@ def backward(
     if x.numel() == 0:
         zeros = x.new_zeros(3, c, dtype=torch.float32)
         return torch.empty_like(x), *(z.clone() for z in zeros)
-    dy = like(dy, x)
     bound = (batch_var + eps).sqrt_()
     given = Channels(mean, std, weight, None, v, bound)
-    parts, splits = _passes.sums(EVONORM_B0, dy, x, given, None, None)
+    parts, splits = _by_channel.sums(EVONORM_B0, dy, x, given, None, None)
     by_sample = parts.view(EVONORM_B0.sums, n, splits, c).sum(2)
     dbias, dweight, _, below, dv = by_sample.sum(1)
     w = torch.ones_like(bound) if weight is None else weight.float()
@@ -86,5 +84,5 @@ def backward(
         by_batch = w * below / (n * p * bound)
         t2 += by_batch
         t1 += by_batch * (mean - mean.mean(0))
-    dx, _ = _passes.gradient(EVONORM_B0, dy, x, given, t1, t2, None, None)
+    dx, _ = _by_channel.gradient(EVONORM_B0, dy, x, given, t1, t2, None, None)
     return dx, dweight.clone(), dbias.clone(), -w * dv

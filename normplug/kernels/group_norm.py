@@ -18,7 +18,7 @@ def forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Map x (N, C, *), contiguous or channels-last, to y, mean and rstd (N, G)."""
-    return _groups.forward(AFFINE, x, num_groups, weight, bias, None, eps, act, residual)
+    return _groups.forward(AFFINE, x, num_groups, weight, bias, None, eps, act, residual)[:3]
 
 
 def backward(
@@ -32,8 +32,9 @@ def backward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C,), bias (C,) and residual (empty without one)."""
-    wants_dz = residual is not None
-    dx, (dbias, dweight), dz = _groups.backward(AFFINE, dy, x, mean, rstd, weight, bias, None, act, residual, wants_dz)
+    dx, dbias, dweight, _, dz = _groups.backward(
+        AFFINE, dy, x, mean, rstd, weight, bias, None, act, residual, residual is not None
+    )
     if x.numel() == mean.numel():  # groups of one value: what is left of their gradient is rounding noise / √eps
         dx.zero_()
-    return dx, dweight.clone(), dbias.clone(), dz
+    return dx, dweight, dbias, dz

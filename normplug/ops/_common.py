@@ -1,15 +1,11 @@
-"""What every op needs: the dtype of its sums, dense inputs, views per channel, fused activations, its kernel."""
+"""What every op needs: the dtype of its sums, dense inputs, views per channel, fused activations."""
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import CustomOpDef
 
 __all__ = [
     "ACTIVATIONS",
@@ -18,6 +14,7 @@ __all__ = [
     "acc_dtype",
     "activate",
     "activation_grad",
+    "as_parameter",
     "check_act",
     "check_groups",
     "check_parameters",
@@ -26,7 +23,6 @@ __all__ = [
     "dense",
     "for_backward",
     "per_channel",
-    "use_kernel",
     "with_plain_strides",
 ]
 
@@ -117,6 +113,13 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     Where squares of x, or their sum, pass its largest number, a norm returns 0 or NaN, as torch's own do.
     """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Return a parameter's gradient in its dtype, None for none."""
+    if parameter is None or gradient.dtype is parameter.dtype:
+        return None if parameter is None else gradient
+    return gradient.to(parameter.dtype)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -215,29 +218,3 @@ def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
     if act is None:
         return dy
     return ACTIVATIONS["relu" if act == RELU_OF_OUTPUT else act][1](dy, z)
-
-
-def use_kernel(op: CustomOpDef, reference: Callable[..., Any], kernel: str) -> None:
-    """Let an op run a Triton kernel on CUDA, for half and single precision; double precision stays with ATen.
-
-    Args:
-        op: What ``torch.library.custom_op`` returned.
-        reference: Its implementation for every device.
-        kernel: File and function in ``normplug.kernels`` with the arguments and results of the reference,
-            "group_norm.forward". Imported on first use: CPU-only machines need no Triton.
-    """
-    file, function = kernel.split(".")
-
-    @op.register_kernel("cuda")
-    def launch(*args):
-        x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-        if acc_dtype(x) == torch.float64 or not has_triton():
-            return reference(*args)
-        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-            return getattr(importlib.import_module(f"normplug.kernels.{file}"), function)(*args)
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Tell whether Triton is installed: it comes with torch on Linux, elsewhere ATen does its work."""
-    return importlib.util.find_spec("triton") is not None

@@ -13,6 +13,7 @@ from normplug.ops._common import (
     acc_dtype,
     activate,
     activation_grad,
+    as_parameter,
     check_act,
     check_parameters,
     check_residual,
@@ -20,9 +21,9 @@ from normplug.ops._common import (
     for_backward,
     is_channels_last,
     per_channel,
-    use_kernel,
     with_plain_strides,
 )
+from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
 
 __all__ = [
     "batch_norm_act",
@@ -69,12 +70,10 @@ def batch_norm_act(
     check_parameters("batch_norm_act", x, weight=weight, bias=bias)
     check_residual("batch_norm_act", x, residual)
     x = dense(x)
-    count = _count(x)
-    mean, m2 = _stats_op(x.detach())
-    var = m2 / max(count, 1)
-    share = torch.full_like(mean, 1 / max(count, 1))
-    y = batch_normalize(x, mean, (var + eps).rsqrt(), weight, bias, act, residual, share, share)
-    return y, mean, var
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    y, mean, _, m2 = _act(x, weight, bias, eps, act, residual)
+    return y, mean.detach(), m2.detach() / max(_count(x), 1)
 
 
 def batch_normalize(
@@ -128,12 +127,12 @@ def batch_normalize(
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)
-    return _op(x, mean, rstd, weight, bias, act, residual, mean_share, var_share)
+    return _call(x, mean, rstd, weight, bias, act, residual, mean_share, var_share)
 
 
 def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and sum of squared deviations (C,) of x (N, C, *): zeros for an empty x; no gradient."""
-    return _stats_op(dense(x.detach()))
+    return _call_stats(dense(x.detach()))
 
 
 def batch_norm_reduce(
@@ -150,7 +149,7 @@ def batch_norm_reduce(
 
     Activation and residual are those of ``for_backward``.
     """
-    return _reduce_op(dy, x, mean, rstd, weight, bias, act, residual)
+    return _call_reduce(dy, x, mean, rstd, weight, bias, act, residual)
 
 
 def batch_norm_dx(
@@ -166,7 +165,7 @@ def batch_norm_dx(
     var_term: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return rstd * weight * (dz - mean_term - x̂ * var_term), and dz where there is a residual (else empty)."""
-    return _dx_op(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term)
+    return _call_dx(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term)
 
 
 def is_exact_in_aten(x: Tensor) -> bool:
@@ -243,14 +242,14 @@ def reference_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var * count
 
 
-_stats_op = torch.library.custom_op("normplug::batch_norm_stats", reference_stats, mutates_args=())
-use_kernel(_stats_op, reference_stats, "batch_norm.stats")
-
-
-@_stats_op.register_fake
-def _(x):
+def _fake_stats(x):
     mean = x.new_empty(x.shape[1], dtype=acc_dtype(x))
     return mean, torch.empty_like(mean)
+
+
+_stats_op = define("batch_norm_stats", reference_stats, _fake_stats)
+use_kernel(_stats_op, reference_stats, "batch_norm.stats")
+_call_stats = without_gradient(_stats_op)
 
 
 def reference(
@@ -276,13 +275,12 @@ def reference(
     return activate(z, act).to(x.dtype)
 
 
-_op = torch.library.custom_op("normplug::batch_normalize", reference, mutates_args=())
-use_kernel(_op, reference, "batch_norm.normalize")
-
-
-@_op.register_fake
-def _(x, mean, rstd, weight, bias, act, residual, mean_share, var_share):
+def _fake(x, mean, rstd, weight, bias, act, residual, mean_share, var_share):
     return torch.empty_like(x)
+
+
+_op = define("batch_normalize", reference, _fake)
+use_kernel(_op, reference, "batch_norm.normalize")
 
 
 def _before_activation(
@@ -330,13 +328,13 @@ def reference_reduce(
     return plain, by_x
 
 
-_reduce_op = torch.library.custom_op("normplug::batch_norm_reduce", reference_reduce, mutates_args=())
-use_kernel(_reduce_op, reference_reduce, "batch_norm.reduce")
-
-
-@_reduce_op.register_fake
-def _(dy, x, mean, rstd, weight, bias, act, residual):
+def _fake_reduce(dy, x, mean, rstd, weight, bias, act, residual):
     return torch.empty_like(mean), torch.empty_like(mean)
+
+
+_reduce_op = define("batch_norm_reduce", reference_reduce, _fake_reduce)
+use_kernel(_reduce_op, reference_reduce, "batch_norm.reduce")
+_call_reduce = without_gradient(_reduce_op)
 
 
 def reference_dx(
@@ -368,13 +366,13 @@ def reference_dx(
     return dx.to(x.dtype), dresidual
 
 
-_dx_op = torch.library.custom_op("normplug::batch_norm_dx", reference_dx, mutates_args=())
-use_kernel(_dx_op, reference_dx, "batch_norm.dx")
-
-
-@_dx_op.register_fake
-def _(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term):
+def _fake_dx(dy, x, mean, rstd, weight, bias, act, residual, mean_term, var_term):
     return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(residual)
+
+
+_dx_op = define("batch_norm_dx", reference_dx, _fake_dx)
+use_kernel(_dx_op, reference_dx, "batch_norm.dx")
+_call_dx = without_gradient(_dx_op)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -392,10 +390,10 @@ def _backward(ctx, dy: Tensor):
     dx = dweight = dbias = dresidual = None
     follows = needs_x and mean_share is not None
     if needs_weight or needs_bias or follows:
-        dbias, dweight = _reduce_op(*args)
+        dbias, dweight = _call_reduce(*args)
     if needs_x or (needs_residual and residual is not None):
         terms = (mean_share * dbias, var_share * dweight) if follows else (None, None)
-        dx, dresidual = _dx_op(*args, *terms)
+        dx, dresidual = _call_dx(*args, *terms)
     if residual is None:  # then a residual, if there was one, was the last thing added
         dresidual = dy
     return (
@@ -411,4 +409,76 @@ def _backward(ctx, dy: Tensor):
     )
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_call = differentiable(_op, _save, _backward)
+
+
+def reference_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Map x (N, C, *) to y, laid out as x, mean, 1/std and the centred sum of squares (C,)."""
+    mean, m2 = reference_stats(x)
+    rstd = (m2 / max(_count(x), 1)).add_(eps).rsqrt_()
+    return reference(x, mean, rstd, weight, bias, act, residual, None, None), mean, rstd, m2
+
+
+def _fake_act(x, weight, bias, eps, act, residual):
+    mean = x.new_empty(x.shape[1], dtype=acc_dtype(x))
+    return torch.empty_like(x), mean, torch.empty_like(mean), torch.empty_like(mean)
+
+
+_act_op = define("batch_norm_act", reference_act, _fake_act)
+use_kernel(_act_op, reference_act, "batch_norm.forward")
+
+
+def reference_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight (C,), bias (C,) and residual (empty without one)."""
+    args = dy, x, mean, rstd, weight, bias, act, residual
+    dbias, dweight = reference_reduce(*args)
+    count = max(_count(x), 1)
+    dx, dresidual = reference_dx(*args, dbias / count, dweight / count)
+    return dx, dweight, dbias, dresidual
+
+
+def _fake_act_backward(dy, x, mean, rstd, weight, bias, act, residual):
+    dresidual = x.new_empty(0) if residual is None else torch.empty_like(residual)
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dresidual
+
+
+_act_backward_op = define("batch_norm_act_backward", reference_act_backward, _fake_act_backward)
+use_kernel(_act_backward_op, reference_act_backward, "batch_norm.backward")
+_call_act_backward = without_gradient(_act_backward_op)
+
+
+def _save_act(ctx, inputs, output) -> None:
+    x, weight, bias, _, act, residual = inputs
+    y, mean, rstd, _ = output
+    ctx.has_residual = residual is not None
+    ctx.act, residual = for_backward(act, residual, y)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
+
+
+def _backward_act(ctx, dy: Tensor, *_statistics):  # they leave this file detached: no gradient
+    x, mean, rstd, weight, bias, residual = ctx.saved_tensors
+    dx, dweight, dbias, dresidual = _call_act_backward(dy, x, mean, rstd, weight, bias, ctx.act, residual)
+    if residual is None:  # then a residual, if there was one, was the last thing added
+        dresidual = dy
+    return (
+        dx,
+        as_parameter(dweight, weight),
+        as_parameter(dbias, bias),
+        None,
+        None,
+        dresidual if ctx.has_residual else None,
+    )
+
+
+_act = differentiable(_act_op, _save_act, _backward_act, wanted=4)

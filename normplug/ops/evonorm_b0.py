@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, check_parameters, dense, use_kernel
+from normplug.ops._common import acc_dtype, as_parameter, check_parameters, dense
+from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
 
 __all__ = ["evonorm_b0"]
 
@@ -42,7 +43,7 @@ def evonorm_b0(
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
     check_parameters("evonorm_b0", x, weight=weight, bias=bias, v=v, batch_var=batch_var)
-    y, _, _, var = _op(dense(x), weight, bias, v, batch_var, eps)
+    y, _, _, var = _call(dense(x), weight, bias, v, batch_var, eps)
     return y, var.detach()
 
 
@@ -78,14 +79,13 @@ def reference(
     return y, mean, std, total
 
 
-_op = torch.library.custom_op("normplug::evonorm_b0", reference, mutates_args=())
-use_kernel(_op, reference, "evonorm_b0.forward")
-
-
-@_op.register_fake
-def _(x, weight, bias, v, batch_var, eps):
+def _fake(x, weight, bias, v, batch_var, eps):
     stats = x.new_empty(x.shape[:2], dtype=acc_dtype(x))
     return torch.empty_like(x), stats, torch.empty_like(stats), stats.new_empty(x.shape[1])
+
+
+_op = define("evonorm_b0", reference, _fake)
+use_kernel(_op, reference, "evonorm_b0.forward")
 
 
 def reference_backward(
@@ -150,14 +150,14 @@ def reference_backward(
     return dx, dweight.sum(0), dbias.sum(0), -w * dv.sum(0)
 
 
-_backward_op = torch.library.custom_op("normplug::evonorm_b0_backward", reference_backward, mutates_args=())
-use_kernel(_backward_op, reference_backward, "evonorm_b0.backward")
-
-
-@_backward_op.register_fake
-def _(dy, x, mean, std, batch_var, weight, v, eps, training):
+def _fake_backward(dy, x, mean, std, batch_var, weight, v, eps, training):
     per_c = x.new_empty(x.shape[1], dtype=mean.dtype)
     return torch.empty_like(x), per_c, torch.empty_like(per_c), torch.empty_like(per_c)
+
+
+_backward_op = define("evonorm_b0_backward", reference_backward, _fake_backward)
+use_kernel(_backward_op, reference_backward, "evonorm_b0.backward")
+_call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -169,10 +169,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor, _dmean, _dstd, _dvar):  # the variance leaves this file detached
     x, mean, std, var, weight, v = ctx.saved_tensors
-    dx, dweight, dbias, dv = _backward_op(dy, x, mean, std, var, weight, v, ctx.eps, ctx.training)
+    dx, dweight, dbias, dv = _call_backward(dy, x, mean, std, var, weight, v, ctx.eps, ctx.training)
     return (
         dx,
-        None if weight is None else dweight.to(weight.dtype),
+        as_parameter(dweight, weight),
         None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
         dv.to(v.dtype),
         None,
@@ -180,4 +180,4 @@ def _backward(ctx, dy: Tensor, _dmean, _dstd, _dvar):  # the variance leaves thi
     )
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_call = differentiable(_op, _save, _backward, wanted=4)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, check_groups, check_parameters, dense, use_kernel
+from normplug.ops._common import acc_dtype, as_parameter, check_groups, check_parameters, dense
+from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
 
 __all__ = ["evonorm_s0"]
 
@@ -43,7 +44,7 @@ def evonorm_s0(
     """
     check_parameters("evonorm_s0", x, weight=weight, bias=bias, v=v)
     check_groups("evonorm_s0", x, num_groups)
-    return _op(dense(x), num_groups, weight, bias, v, eps)[0]
+    return _call(dense(x), num_groups, weight, bias, v, eps)
 
 
 def _spread(stats: Tensor, channels: int) -> Tensor:
@@ -80,14 +81,13 @@ def reference(
     return y, mean, rstd
 
 
-_op = torch.library.custom_op("normplug::evonorm_s0", reference, mutates_args=())
-use_kernel(_op, reference, "evonorm_s0.forward")
-
-
-@_op.register_fake
-def _(x, num_groups, weight, bias, v, eps):
+def _fake(x, num_groups, weight, bias, v, eps):
     stats = x.new_empty(x.shape[0], num_groups, dtype=acc_dtype(x))
     return torch.empty_like(x), stats, torch.empty_like(stats)
+
+
+_op = define("evonorm_s0", reference, _fake)
+use_kernel(_op, reference, "evonorm_s0.forward")
 
 
 def reference_backward(
@@ -129,14 +129,14 @@ def reference_backward(
     return dx, dweight.sum(0), dbias.sum(0), dv.sum(0)
 
 
-_backward_op = torch.library.custom_op("normplug::evonorm_s0_backward", reference_backward, mutates_args=())
-use_kernel(_backward_op, reference_backward, "evonorm_s0.backward")
-
-
-@_backward_op.register_fake
-def _(dy, x, mean, rstd, weight, v):
+def _fake_backward(dy, x, mean, rstd, weight, v):
     per_c = x.new_empty(x.shape[1], dtype=mean.dtype)
     return torch.empty_like(x), per_c, torch.empty_like(per_c), torch.empty_like(per_c)
+
+
+_backward_op = define("evonorm_s0_backward", reference_backward, _fake_backward)
+use_kernel(_backward_op, reference_backward, "evonorm_s0.backward")
+_call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -147,15 +147,15 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
     x, mean, rstd, weight, v = ctx.saved_tensors
-    dx, dweight, dbias, dv = _backward_op(dy, x, mean, rstd, weight, v)
+    dx, dweight, dbias, dv = _call_backward(dy, x, mean, rstd, weight, v)
     return (
         dx,
         None,
-        None if weight is None else dweight.to(weight.dtype),
+        as_parameter(dweight, weight),
         None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
         dv.to(v.dtype),
         None,
     )
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_call = differentiable(_op, _save, _backward)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, check_parameters, dense, use_kernel
+from normplug.ops._common import acc_dtype, check_parameters, dense
+from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
 
 __all__ = ["filter_response_norm"]
 
@@ -42,7 +43,7 @@ def filter_response_norm(
         tau = weight.new_full(weight.shape, float("-inf"))
     if isinstance(eps, Tensor):
         return _with_learned_eps(x, weight, bias, tau, eps)
-    return _op(x, weight, bias, tau, eps)[0]
+    return _call(x, weight, bias, tau, eps)
 
 
 def _with_learned_eps(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
@@ -71,13 +72,12 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: float) 
     return y, rstd
 
 
-_op = torch.library.custom_op("normplug::filter_response_norm", reference, mutates_args=())
-use_kernel(_op, reference, "filter_response_norm.forward")
-
-
-@_op.register_fake
-def _(x, weight, bias, tau, eps):
+def _fake(x, weight, bias, tau, eps):
     return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=acc_dtype(x))
+
+
+_op = define("filter_response_norm", reference, _fake)
+use_kernel(_op, reference, "filter_response_norm.forward")
 
 
 def reference_backward(
@@ -110,14 +110,14 @@ def reference_backward(
     return dx, dweight.sum(0), dbias.sum(0), dtau.sum(0)
 
 
-_backward_op = torch.library.custom_op("normplug::filter_response_norm_backward", reference_backward, mutates_args=())
-use_kernel(_backward_op, reference_backward, "filter_response_norm.backward")
-
-
-@_backward_op.register_fake
-def _(dy, x, rstd, weight, bias, tau):
+def _fake_backward(dy, x, rstd, weight, bias, tau):
     per_c = x.new_empty(x.shape[1], dtype=rstd.dtype)
     return torch.empty_like(x), per_c, torch.empty_like(per_c), torch.empty_like(per_c)
+
+
+_backward_op = define("filter_response_norm_backward", reference_backward, _fake_backward)
+use_kernel(_backward_op, reference_backward, "filter_response_norm.backward")
+_call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -127,8 +127,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor, _drstd):  # rstd never leaves this file: no gradient
     x, rstd, weight, bias, tau = ctx.saved_tensors
-    dx, dweight, dbias, dtau = _backward_op(dy, x, rstd, weight, bias, tau)
+    dx, dweight, dbias, dtau = _call_backward(dy, x, rstd, weight, bias, tau)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dtau.to(tau.dtype), None
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_call = differentiable(_op, _save, _backward)

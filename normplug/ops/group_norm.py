@@ -12,6 +12,7 @@ from normplug.ops._common import (
     acc_dtype,
     activate,
     activation_grad,
+    as_parameter,
     check_act,
     check_groups,
     check_parameters,
@@ -19,8 +20,8 @@ from normplug.ops._common import (
     dense,
     for_backward,
     is_channels_last,
-    use_kernel,
 )
+from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
 
 __all__ = ["group_norm"]
 
@@ -69,7 +70,7 @@ def group_norm(
         residual = residual.to(x.dtype)
     if _leave_to_aten(x, num_groups):
         return _by_aten(x, num_groups, weight, bias, eps, act, residual)
-    return _op(x, num_groups, weight, bias, eps, act, residual)[0]
+    return _call(x, num_groups, weight, bias, eps, act, residual)
 
 
 # Bytes from which malloc fetches new memory, which the system clears, for every tensor: what costs most there.
@@ -197,14 +198,13 @@ def reference(
     return y, mean, rstd
 
 
-_op = torch.library.custom_op("normplug::group_norm", reference, mutates_args=())
-use_kernel(_op, reference, "group_norm.forward")
-
-
-@_op.register_fake
-def _(x, num_groups, weight, bias, eps, act, residual):
+def _fake(x, num_groups, weight, bias, eps, act, residual):
     stats = x.new_empty(x.shape[0], num_groups, dtype=acc_dtype(x))
     return torch.empty_like(x), stats, torch.empty_like(stats)
+
+
+_op = define("group_norm", reference, _fake)
+use_kernel(_op, reference, "group_norm.forward")
 
 
 def reference_backward(
@@ -290,14 +290,14 @@ def _like_residual(x: Tensor, residual: Tensor | None) -> Tensor:
     return x.new_empty(0) if residual is None else torch.empty_like(x)
 
 
-_backward_op = torch.library.custom_op("normplug::group_norm_backward", reference_backward, mutates_args=())
-use_kernel(_backward_op, reference_backward, "group_norm.backward")
-
-
-@_backward_op.register_fake
-def _(dy, x, mean, rstd, weight, bias, act, residual):
+def _fake_backward(dy, x, mean, rstd, weight, bias, act, residual):
     per_c = x.new_empty(x.shape[1], dtype=mean.dtype)
     return torch.empty_like(x), per_c, torch.empty_like(per_c), _like_residual(x, residual)
+
+
+_backward_op = define("group_norm_backward", reference_backward, _fake_backward)
+use_kernel(_backward_op, reference_backward, "group_norm.backward")
+_call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -310,18 +310,18 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
     x, mean, rstd, weight, bias, residual = ctx.saved_tensors
-    dx, dweight, dbias, dresidual = _backward_op(dy, x, mean, rstd, weight, bias, ctx.act, residual)
+    dx, dweight, dbias, dresidual = _call_backward(dy, x, mean, rstd, weight, bias, ctx.act, residual)
     if residual is None:  # then a residual, if there was one, was the last thing added
         dresidual = dy
     return (
         dx,
         None,
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
+        as_parameter(dweight, weight),
+        as_parameter(dbias, bias),
         None,
         None,
         dresidual if ctx.has_residual else None,
     )
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_call = differentiable(_op, _save, _backward)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normplug.ops._common import acc_dtype
+from normplug.ops._registration import define, without_gradient
 
 __all__ = ["filter_products", "patch_statistics"]
 
@@ -51,7 +52,7 @@ def patch_statistics(
         The mean's derivative (groups, C_in / groups, *kernel_size), one filter for all C / groups channels of a
         group, and the variance's (C, C_in / groups, *kernel_size); float32, or float64 for a float64 x.
     """
-    return _op(x, y, y_mean, list(kernel_size), list(stride), list(padding), list(dilation), groups, padding_mode)
+    return _call(x, y, y_mean, list(kernel_size), list(stride), list(padding), list(dilation), groups, padding_mode)
 
 
 def filter_products(weight: Tensor, mean_grads: Sequence[Tensor], var_grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def filter_products(weight: Tensor, mean_grads: Sequence[Tensor], var_grads: Seq
         mean_grads: Per entry, as from ``patch_statistics``: (groups, C_in / groups, *).
         var_grads: Per entry (C, C_in / groups, *).
     """
-    return _products_op(weight, list(mean_grads), list(var_grads))
+    return _call_products(weight, list(mean_grads), list(var_grads))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,14 +141,14 @@ def reference(
     return mean_grad, var_grad
 
 
-_op = torch.library.custom_op("normplug::patch_statistics", reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x, y, y_mean, kernel_size, stride, padding, dilation, groups, padding_mode):
+def _fake(x, y, y_mean, kernel_size, stride, padding, dilation, groups, padding_mode):
     dtype, inputs = acc_dtype(x), x.shape[1] // groups
     mean_grad = x.new_empty(groups, inputs, *kernel_size, dtype=dtype)
     return mean_grad, x.new_empty(y.shape[1], inputs, *kernel_size, dtype=dtype)
+
+
+_op = define("patch_statistics", reference, _fake)
+_call = without_gradient(_op)
 
 
 def reference_products(weight: Tensor, mean_grads: list[Tensor], var_grads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -161,10 +162,10 @@ def reference_products(weight: Tensor, mean_grads: list[Tensor], var_grads: list
     return torch.stack(by_mean), torch.stack(by_var)
 
 
-_products_op = torch.library.custom_op("normplug::filter_products", reference_products, mutates_args=())
-
-
-@_products_op.register_fake
-def _(weight, mean_grads, var_grads):
+def _fake_products(weight, mean_grads, var_grads):
     products = mean_grads[0].new_empty(len(mean_grads), weight.shape[0])
     return products, torch.empty_like(products)
+
+
+_products_op = define("filter_products", reference_products, _fake_products)
+_call_products = without_gradient(_products_op)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from normplug.ops._blocks import row_blocks
-from normplug.ops._common import acc_dtype, check_tensor, dense, is_channels_last, use_kernel
+from normplug.ops._common import acc_dtype, check_tensor, dense, is_channels_last
+from normplug.ops._registration import below_autograd, define, register_gradient, use_kernel, without_gradient
 
 __all__ = ["weight_standardize", "weight_standardize_many"]
 
@@ -150,50 +151,46 @@ def _of_each(weights: Sequence[Tensor], mean: Tensor, std: Tensor) -> tuple[Sequ
     return mean.split(counts), std.split(counts)
 
 
-# Two ops and not one of a list: what torch does around a list of tensors takes longer than standardizing one weight.
-_op = torch.library.custom_op("normplug::weight_standardize", reference, mutates_args=())
-_backward_op = torch.library.custom_op("normplug::weight_standardize_backward", reference_backward, mutates_args=())
-_OPTIONS = "float eps, int correction, bool eps_inside"  # schemas by hand: torch 2.6 infers none of list[Tensor]
-_many_op = torch.library.custom_op(
-    "normplug::weight_standardize_many",
-    reference_many,
-    mutates_args=(),
-    schema=f"(Tensor[] weights, {_OPTIONS}) -> (Tensor[], Tensor, Tensor)",
-)
-_many_backward_op = torch.library.custom_op(
-    "normplug::weight_standardize_many_backward",
-    reference_many_backward,
-    mutates_args=(),
-    schema=f"(Tensor[] grads, Tensor[] weights, Tensor mean, Tensor std, {_OPTIONS}) -> Tensor[]",
-)
-
-
-@_op.register_fake
 def _fake(weight, eps, correction, eps_inside):
     stats = weight.new_empty(len(weight), 1, dtype=acc_dtype(weight))
     return torch.empty_like(weight), stats, torch.empty_like(stats)
 
 
-@_backward_op.register_fake
-def _(grad, weight, mean, std, eps, correction, eps_inside):
+def _fake_backward(grad, weight, mean, std, eps, correction, eps_inside):
     return torch.empty_like(weight)
 
 
-@_many_op.register_fake
-def _(weights, eps, correction, eps_inside):
+def _fake_many(weights, eps, correction, eps_inside):
     stats = weights[0].new_empty(sum(map(len, weights)), 1, dtype=acc_dtype(weights[0]))
     return [torch.empty_like(weight) for weight in weights], stats, torch.empty_like(stats)
 
 
-@_many_backward_op.register_fake
-def _(grads, weights, mean, std, eps, correction, eps_inside):
+def _fake_many_backward(grads, weights, mean, std, eps, correction, eps_inside):
     return [torch.empty_like(weight) for weight in weights]
 
 
+# Two ops and not one of a list: what torch does around a list of tensors takes longer than standardizing one weight.
+_op = define("weight_standardize", reference, _fake)
+_backward_op = define("weight_standardize_backward", reference_backward, _fake_backward)
+_OPTIONS = "float eps, int correction, bool eps_inside"  # schemas by hand: torch 2.6 infers none of list[Tensor]
+_many_op = define(
+    "weight_standardize_many",
+    reference_many,
+    _fake_many,
+    f"(Tensor[] weights, {_OPTIONS}) -> (Tensor[], Tensor, Tensor)",
+)
+_many_backward_op = define(
+    "weight_standardize_many_backward",
+    reference_many_backward,
+    _fake_many_backward,
+    f"(Tensor[] grads, Tensor[] weights, Tensor mean, Tensor std, {_OPTIONS}) -> Tensor[]",
+)
 use_kernel(_op, reference, "weight_standardize.forward")
 use_kernel(_backward_op, reference_backward, "weight_standardize.backward")
 use_kernel(_many_op, reference_many, "weight_standardize.forward_many")
 use_kernel(_many_backward_op, reference_many_backward, "weight_standardize.backward_many")
+_standardize_backward = without_gradient(_backward_op)
+_many_backward = without_gradient(_many_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -215,8 +212,8 @@ def _backward_many(ctx, grads, _dmean, _dstd):
     return _many_backward_op(grads, weights, mean, std, *ctx.options), None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_save)
-_many_op.register_autograd(_backward_many, setup_context=_save_many)
+register_gradient(_op, _save, _backward)
+register_gradient(_many_op, _save_many, _backward_many)
 
 
 class _Standardize(torch.autograd.Function):
@@ -228,7 +225,8 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, *weights):
-        outs, mean, std = _standardize(weights, *options)
+        with below_autograd():
+            outs, mean, std = _standardize(weights, *options)
         ctx.kept = options, [weight._version for weight in weights], weights, mean, std
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -246,13 +244,17 @@ class _Standardize(torch.autograd.Function):
         if used and len(used) < len(weights):
             means, stds = _of_each(weights, mean, std)
             mean, std = torch.cat([means[i] for i in used]), torch.cat([stds[i] for i in used])
-        if len(used) == 1:
-            result[used[0]] = _backward_op(grads[used[0]], weights[used[0]], mean, std, *options)
-        elif used:
-            dws = _many_backward_op([grads[i] for i in used], [weights[i] for i in used], mean, std, *options)
-            for i, dw in zip(used, dws, strict=True):
-                result[i] = dw
+        grads, weights = [grads[i] for i in used], [weights[i] for i in used]
+        dws = _gradients(grads, weights, mean, std, *options)
+        for i, dw in zip(used, dws, strict=True):
+            result[i] = dw
         return None, *result
+
+
+def _gradients(grads: list[Tensor], weights: list[Tensor], mean: Tensor, std: Tensor, *options) -> list[Tensor]:
+    if len(weights) > 1:
+        return _many_backward(grads, weights, mean, std, *options)
+    return [_standardize_backward(grads[0], weights[0], mean, std, *options)] if weights else []
 
 
 def _standardize(weights: Sequence[Tensor], *options) -> tuple[list[Tensor], Tensor, Tensor]:
