@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from normplug import layers
-from normplug.ops._common import has_triton
+from normplug.ops._registration import has_triton
 
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)

@@ -252,7 +252,7 @@ def test_nan_and_infinity_stay_in_their_group():
 @pytest.mark.parametrize("norm", NORMS)
 def test_nan_comes_out_wherever_the_formula_has_it(norm, argument, on_chip):
     """A maximum of a GPU returns the number of a number and NaN."""
-    _launch.ON_CHIP = on_chip
+    sized(on_chip=on_chip)
     alone = norm.startswith(("evonorm", "filter"))
     if argument == 5 and alone:
         pytest.skip("takes no residual")
@@ -277,8 +277,8 @@ def test_slices_of_memory_that_are_not_aligned():
 @pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_parameters_of_any_stride_address_and_dtype(norm, on_chip):
-    """Every other value of a tensor, one value for all channels, a view at an odd address, half and double precision."""
-    _launch.ON_CHIP = on_chip
+    """Every other value of a tensor, one for all channels, a view at an odd address, half and double precision."""
+    sized(on_chip=on_chip)
     dy, x, *parameters, _ = tensors((1, 4, 3, 3), torch.float32, False)
     for change in (
         lambda p: torch.stack([p, p + 9], 1)[:, 0],

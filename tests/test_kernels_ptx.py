@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from normplug.ops._common import has_triton
+from normplug.ops._registration import has_triton
 
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)

@@ -92,13 +92,20 @@ class Launch:
 
 
 def seen_by_compiler(op: str, layout: str, kernel, args: Sequence[Any], warps: int, constants: dict) -> Launch:
-    """Specialize arguments as Triton does: None and 1 are constants, multiples of 16 and allocations are aligned."""
+    """Specialize arguments as Triton does: None is a constant, allocations are aligned, and so on.
+
+    What a kernel asks Triton not to look at is neither; other integers are constants if they are 1 and aligned if they
+    are multiples of 16.
+    """
     names = kernel.arg_names
     given = dict(zip(names, args, strict=False)) | constants
     signature, fixed, aligned = [], [], []
+    parameters = getattr(kernel, "params", ())  # the interpreter's have none
+    left = {p.name for p in parameters if p.do_not_specialize}
+    anywhere = {p.name for p in parameters if p.do_not_specialize_on_alignment}
     for i, name in enumerate(names):
-        value = given[name]
-        if name in constants or value is None or (type(value) is int and value == 1):
+        value, specialized = given[name], name not in left
+        if name in constants or value is None or (type(value) is int and value == 1 and specialized):
             signature.append((name, "constexpr"))
             if hasattr(value, "fn"):  # a formula
                 value = f"{value.fn.__module__}:{value.fn.__name__}"
@@ -106,10 +113,10 @@ def seen_by_compiler(op: str, layout: str, kernel, args: Sequence[Any], warps: i
             continue
         if isinstance(value, torch.Tensor):
             signature.append((name, "*" + NAMES[value.dtype]))
-            aligned.append(i)
+            aligned += [] if name in anywhere else [i]
         elif isinstance(value, int):
             signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            aligned += [i] if value % 16 == 0 else []
+            aligned += [i] if value % 16 == 0 and specialized else []
         else:
             signature.append((name, "fp32"))
     where = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
@@ -123,6 +130,7 @@ def record(op: str, layout: str, call) -> list[Launch]:
     def catch(kernel, programs, *args, warps=4, **constants):
         caught.append(seen_by_compiler(op, layout, kernel, args, warps, constants))
 
+    _launch.forget_plans()  # what was started directly would not be seen
     original, _launch.run = _launch.run, catch
     try:
         call()
@@ -149,6 +157,8 @@ def calls() -> Iterator[tuple[str, str, Any]]:
                     ("group_norm", partial(gn.forward, x, g, w, w, 1e-5, "relu", x)),
                     ("group_norm", partial(gn.backward, x, x, groups, groups, w, w, "relu_of_output", x)),
                     ("group_norm", partial(gn.backward, x, x, groups, groups, w, w, "relu", None)),
+                    ("batch_norm", partial(bn.forward, x, w, w, 1e-5, "relu", x)),
+                    ("batch_norm", partial(bn.backward, x, x, stat, stat, w, w, "relu_of_output", x)),
                     ("batch_norm", partial(bn.stats, x)),
                     ("batch_norm", partial(bn.normalize, x, stat, stat, w, w, "relu", x, None, None)),
                     ("batch_norm", partial(bn.reduce, x, x, stat, stat, w, w, "relu_of_output", x)),
