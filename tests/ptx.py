@@ -28,7 +28,7 @@ def with_every_activation(launches):
         if dict(launch.constants).get("ACT") == "linear" and launch.dtype == "fp32":
             for act in ("silu", "gelu"):
                 constants = tuple((name, act if name == "ACT" else value) for name, value in launch.constants)
-                yield dataclasses.replace(launch, constants=constants)
+                yield dataclasses.replace(launch, seen=dataclasses.replace(launch.seen, constants=constants))
 
 
 def instructions(ptx):

@@ -297,7 +297,7 @@ def test_parameters_of_any_stride_address_and_dtype(norm, on_chip):
 def test_splits_of_sums_are_uneven_and_complete():
     """5 tiles in 4 programs: two each, the last one has one, none is lost."""
     sized(64, 1)
-    at = _launch.Layout.of(torch.empty(1, 1, 5 * 64))
+    at = _launch.Layout.of(torch.Size((1, 1, 5 * 64)), channels_last=False)
     tiles = _launch.tiling(at)
     assert (tiles.block_outer, tiles.block_inner, tiles.position_tiles) == (1, 64, 5)
     data = tensors((1, 1, 5 * 64), torch.float32, False)

@@ -32,14 +32,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normplug.kernels import _launch
+from normplug.kernels import _recording
+from normplug.kernels._recording import resolve
 from normplug.reporting import markdown_table
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- facts: python tools/kernel_facts.py -->", "<!-- end of facts -->"
 ARCHS = (80, 90)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
 # Shapes of Mask R-CNN R50-FPN and I3D R50: maps whose groups are split, the largest that fit, and a RoI head's.
 # One sample, one channel, one value: what is 1 is a constant to the compiler. These compile, and have no rows.
 EDGES = (1, 1, 7, 1), (1, 1, 70, 1500), (1, 3, 1, 1)
@@ -65,15 +65,19 @@ HEADER = [
 
 @dataclass(frozen=True)
 class Launch:
-    """A start of a kernel, as far as the compiler sees it."""
+    """A start of a kernel in an op, on a tensor laid out in one way."""
 
     op: str
     layout: str
-    kernel: str  # module:function
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]
-    warps: int
+    seen: _recording.Launch
+
+    @property
+    def kernel(self) -> str:
+        return self.seen.kernel
+
+    @property
+    def constants(self) -> tuple[tuple[str, Any], ...]:
+        return self.seen.constants
 
     @property
     def width(self) -> int:
@@ -87,56 +91,8 @@ class Launch:
     def dtype(self) -> str:
         if "DTYPE" in dict(self.constants):  # where tensors are given by address
             return dict(self.constants)["DTYPE"].name
-        types = [t for _, t in self.signature if t.startswith("*")]
+        types = [t for _, t in self.seen.signature if t.startswith("*")]
         return next((t[1:] for t in types if t != "*fp32"), "fp32")
-
-
-def seen_by_compiler(op: str, layout: str, kernel, args: Sequence[Any], warps: int, constants: dict) -> Launch:
-    """Specialize arguments as Triton does: None is a constant, allocations are aligned, and so on.
-
-    What a kernel asks Triton not to look at is neither; other integers are constants if they are 1 and aligned if they
-    are multiples of 16.
-    """
-    names = kernel.arg_names
-    given = dict(zip(names, args, strict=False)) | constants
-    signature, fixed, aligned = [], [], []
-    parameters = getattr(kernel, "params", ())  # the interpreter's have none
-    left = {p.name for p in parameters if p.do_not_specialize}
-    anywhere = {p.name for p in parameters if p.do_not_specialize_on_alignment}
-    for i, name in enumerate(names):
-        value, specialized = given[name], name not in left
-        if name in constants or value is None or (type(value) is int and value == 1 and specialized):
-            signature.append((name, "constexpr"))
-            if hasattr(value, "fn"):  # a formula
-                value = f"{value.fn.__module__}:{value.fn.__name__}"
-            fixed.append((name, value))
-            continue
-        if isinstance(value, torch.Tensor):
-            signature.append((name, "*" + NAMES[value.dtype]))
-            aligned += [] if name in anywhere else [i]
-        elif isinstance(value, int):
-            signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            aligned += [i] if value % 16 == 0 and specialized else []
-        else:
-            signature.append((name, "fp32"))
-    where = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    return Launch(op, layout, where, tuple(signature), tuple(fixed), tuple(aligned), warps)
-
-
-def record(op: str, layout: str, call) -> list[Launch]:
-    """Return the launches of a call."""
-    caught = []
-
-    def catch(kernel, programs, *args, warps=4, **constants):
-        caught.append(seen_by_compiler(op, layout, kernel, args, warps, constants))
-
-    _launch.forget_plans()  # what was started directly would not be seen
-    original, _launch.run = _launch.run, catch
-    try:
-        call()
-    finally:
-        _launch.run = original
-    return caught
 
 
 def calls() -> Iterator[tuple[str, str, Any]]:
@@ -184,27 +140,22 @@ def calls() -> Iterator[tuple[str, str, Any]]:
 
 def launches() -> list[Launch]:
     """Return the distinct launches, those that the compiler cannot tell apart once."""
-    found: dict[Any, Launch] = {}
+    found: dict[_recording.Launch, Launch] = {}
     for op, layout, call in calls():
-        for launch in record(op, layout, call):
-            key = (launch.kernel, launch.signature, launch.constants, launch.aligned, launch.warps)
-            found.setdefault(key, launch)
+        for seen in _recording.record(call):
+            found.setdefault(seen, Launch(op, layout, seen))
     return list(found.values())
-
-
-def resolve(where: str) -> Any:
-    module, name = where.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def compiled(launch: Launch, arch: int) -> Any:
     """Compile one launch, as Triton would on a GPU of that architecture."""
-    constants = {name: resolve(v) if isinstance(v, str) and ":" in v else v for name, v in launch.constants}
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    source = ASTSource(resolve(launch.kernel), dict(launch.signature), constants, attributes)
+    seen = launch.seen
+    constants = {name: resolve(v) if isinstance(v, str) and ":" in v else v for name, v in seen.constants}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in seen.aligned}
+    source = ASTSource(resolve(seen.kernel), dict(seen.signature), constants, attributes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": seen.warps})
 
 
 def compile_for(launch: Launch, arch: int) -> list[str]:
@@ -214,7 +165,7 @@ def compile_for(launch: Launch, arch: int) -> list[str]:
     loads, stores = (widths(kernel.asm["ptx"], what, launch) for what in ("ld", "st"))
     name = launch.kernel.split(":")[1].lstrip("_")
     spills = usage["STACK"] + usage["LOCAL"]
-    numbers = [launch.warps, usage["REG"], kernel.metadata.shared, spills]
+    numbers = [launch.seen.warps, usage["REG"], kernel.metadata.shared, spills]
     return [
         launch.op,
         name,

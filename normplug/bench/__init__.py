@@ -17,12 +17,21 @@ from pathlib import Path
 
 import torch
 
-from normplug.bench import cpu_goals
+from normplug.bench import compilations, cpu_goals, host
 from normplug.bench.cases import OPS
 from normplug.bench.facts import facts
 from normplug.bench.peers import PEERS
 from normplug.bench.report import markdown
 from normplug.bench.runner import DTYPES, LAYOUTS, OURS, Row, measure_all, plan
+from normplug.ops._registration import has_triton
+
+# Kind of a result -> its table.
+TABLES = {
+    "ops": markdown,
+    "cpu goals": cpu_goals.markdown,
+    "host": host.markdown,
+    "compilations": compilations.markdown,
+}
 
 __all__ = ["add_arguments", "choose_device", "main", "write_json"]
 
@@ -45,6 +54,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--table", type=Path, metavar="JSON", help="measure nothing: print the tables of what --out wrote")
     p.add_argument("--commit", help="of normplug, where its folder is no git repository")
     p.add_argument(
+        "--host",
+        action="store_true",
+        help="host time of a layer beside torch's own operations, kernels compiled and not run: takes no GPU",
+    )
+    p.add_argument(
+        "--compilations",
+        action="store_true",
+        help="kernels that a training run on images of changing sizes makes the compiler work on: takes no GPU",
+    )
+    p.add_argument(
         "--cpu-goals",
         action="store_true",
         help="the comparison on the CPU: EvoNorm, ConvWS, GN and CBN against their stock counterparts",
@@ -55,8 +74,11 @@ def main(args: argparse.Namespace) -> int:
     """Run what the command line asks for."""
     if args.table:
         result = json.loads(args.table.read_text())
-        print((cpu_goals.markdown if result["kind"] == "cpu goals" else markdown)(result))
+        print(TABLES[result["kind"]](result))
         return 0
+    for kind in ("host", "compilations"):
+        if getattr(args, kind):
+            return _measure_without_gpu(kind, args.out)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter, before its first use
     device = choose_device("cpu" if args.cpu_goals else args.device)
     if device is None:
@@ -80,6 +102,17 @@ def main(args: argparse.Namespace) -> int:
     rows, _ = measure_all(todo, device, args.peers, args.seconds, args.each, save)
     print(markdown(result))
     return int(any(row.who == OURS and row.status in ("wrong", "failed") for row in rows))
+
+
+def _measure_without_gpu(kind: str, out: Path | None) -> int:
+    module = {"host": host, "compilations": compilations}[kind]
+    if not has_triton():
+        print(f"--{kind} takes Triton, which comes with torch on Linux and is not installed here", file=sys.stderr)
+        return 2
+    result = module.run()
+    write_json(out, result)
+    print(module.markdown(result))
+    return 0
 
 
 def choose_device(name: str) -> torch.device | None:

@@ -164,7 +164,7 @@ def _forward(
         numbers = [*sizes, eps, slope]
         return _Forward(Step(_group_forward, shape[0] * groups, numbers, constants, _warps(block)), shape=of_groups)
     statistics = Statistics.of(shape, channels_last, groups, per_sample, device)
-    folded = statistics if statistics.folds else None
+    folded = None if channels_last else statistics
     given = Pass.over(shape, channels_last, groups, per_sample)
     return _Forward(
         first=statistics.partial(),
@@ -190,7 +190,7 @@ def _whole(
 ) -> tuple[Layout, tuple[int, int], list[int], int] | None:
     """Return layout, tile and sizes for a program per group, or None where so many tensors of one do not fit in it."""
     group_size = shape[1] // groups
-    at = Layout.read(shape, channels_last, channels=group_size)
+    at = Layout.of(shape, channels_last, channels=group_size)
     block = fits_on_chip(at, group_size, dtype.itemsize, tensors)
     if block is None:
         return None
@@ -269,7 +269,7 @@ def _backward(
         totals = totals_step(formula, c, groups, Parts(n, 1, 1, 1), sizes[-1], terms=0)
         return _Backward(whole, totals=totals, workspace=formula.sums * n * c)
     given = Pass.over(shape, channels_last, groups, per_sample, formula.sums)
-    parts = Parts.of(given.at, given.tiles, given.batches, device)
+    parts = Parts.of(given.at, given.tiles, given.batches, device, given.group_size)
     values = given.group_size * math.prod(shape[2:]) * (1 if per_sample else n)
     folds = not channels_last and parts.splits * given.group_size <= FOLDED
     totals = None if folds else totals_step(formula, c, groups, parts, values, given.batches * groups)

@@ -31,8 +31,9 @@ class Layout(NamedTuple):
 
     ``units`` is inner divided by ``vec``: 8, 4 or 1, the largest that divides it (and ``channels``, the block of
     neighbouring channels that must not be split, where channels are innermost). A kernel multiplies the two again:
-    that is how the compiler learns that rows start at multiples of vec and may be loaded in vectors. 8 values of a half
-    type are the widest load there is; a finer choice would only make more kernels to compile.
+    that is how the compiler learns that rows start at multiples of vec and may be loaded in vectors. Where positions
+    are innermost, whose number changes from batch to batch, it is 4 or 1: a finer choice makes more kernels to compile,
+    and loads of 64 bits keep as many bytes under way as those of 128.
     """
 
     samples: int
@@ -42,12 +43,7 @@ class Layout(NamedTuple):
     channels_last: bool
 
     @classmethod
-    def of(cls, x: Tensor, channels: int = 16, merge: bool = False) -> "Layout":
-        """Read off a contiguous or channels-last x; with merge all samples are one where that is no copy."""
-        return cls.read(x.shape, not x.is_contiguous(), channels, merge)
-
-    @classmethod
-    def read(cls, shape: torch.Size, channels_last: bool, channels: int = 16, merge: bool = False) -> "Layout":
+    def of(cls, shape: torch.Size, channels_last: bool, channels: int = 16, merge: bool = False) -> "Layout":
         """Return the layout of a tensor of that shape."""
         n, c, p = shape[0], shape[1], shape[2:].numel()
         if merge and channels_last:
@@ -58,7 +54,7 @@ class Layout(NamedTuple):
     @classmethod
     def rows(cls, samples: int, outer: int, inner: int, channels_last: bool = False, channels: int = 16) -> "Layout":
         """Return the layout of matrices of these sizes."""
-        common = math.gcd(inner, 8, channels if channels_last else 8)
+        common = math.gcd(inner, channels, 8) if channels_last else math.gcd(inner, 4)
         vec = common if common >= 4 else 1
         return cls(samples, outer, inner // vec, vec, channels_last)
 
@@ -88,15 +84,15 @@ def tiling(at: Layout, sums: int = 0) -> Tiling:
     """Choose the tile: rows as long as possible, unless a shorter one leaves fewer lanes without a value.
 
     Where positions are innermost their number changes from batch to batch, and every shape of a tile is one more kernel
-    to compile: there are three, each with a quarter of the row of the one before. A program that keeps more than three
-    running sums of every lane takes tiles of half the size.
+    to compile: there are two, of one row and of 16. A program that keeps more than three running sums of every lane
+    takes tiles of half the size.
     """
     size = TILE if sums <= 3 else TILE // 2
     if at.channels_last:  # several positions per tile: what is loaded per channel serves all of them
         longest = max(SHORTEST, min(size, 256, triton.next_power_of_2(at.inner)))
         sizes = [longest >> i for i in range(longest.bit_length()) if longest >> i >= SHORTEST]
     else:
-        sizes = [size >> i for i in (0, 2, 4) if size >> i >= SHORTEST] or [size]
+        sizes = [size >> i for i in (0, 4) if size >> i >= SHORTEST] or [size]
     covered = {size: triton.cdiv(at.inner, size) * size for size in sizes}
     least = min(covered.values())
     block_inner = next(size for size in sizes if covered[size] <= 1.15 * least)
@@ -105,10 +101,10 @@ def tiling(at: Layout, sums: int = 0) -> Tiling:
     return Tiling(block_outer, block_inner, *((inner, outer) if at.channels_last else (outer, inner)))
 
 
-def split(programs: int, tiles: int, device: int) -> int:
-    """Return into how many programs to cut a sum over tiles, so that ``programs`` such sums fill the device."""
+def split(programs: int, tiles: int, device: int, most: int) -> int:
+    """Return into how many programs, at most, to cut a sum over tiles: ``programs`` such sums shall fill the device."""
     wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(device), max(programs, 1))
-    return max(1, min(wanted, tiles))
+    return max(1, min(wanted, tiles, most))
 
 
 @functools.cache
@@ -134,9 +130,9 @@ def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tu
 
 
 def _rounded(positions: int) -> int:
-    """Round up to a power of 4, at least 16: the number of positions changes from batch to batch, see ``tiling``."""
+    """Round up to a power of 4, at least 64: the number of positions changes from batch to batch, see ``tiling``."""
     bits = (positions - 1).bit_length()
-    return max(16, 1 << (bits + bits % 2))
+    return max(64, 1 << (bits + bits % 2))
 
 
 def like(dy: Tensor, x: Tensor) -> Tensor:

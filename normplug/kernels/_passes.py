@@ -58,9 +58,11 @@ class Parts(NamedTuple):
     per_batch: int
 
     @classmethod
-    def of(cls, at: Layout, tiles: Tiling, batches: int, device: int) -> "Parts":
+    def of(cls, at: Layout, tiles: Tiling, batches: int, device: int, group_size: int = 1) -> "Parts":
+        """Share them so that the device is filled, and the results of a group are few enough for ``FOLDED``."""
         per_batch = at.samples * tiles.position_tiles // batches
-        splits = split(batches * tiles.channel_tiles, per_batch, device)
+        most = per_batch if at.channels_last else max(1, FOLDED // group_size)
+        splits = split(batches * tiles.channel_tiles, per_batch, device, most)
         per_split = triton.cdiv(per_batch, splits)
         splits = triton.cdiv(per_batch, per_split)
         return cls(batches * splits, splits, per_split, per_batch)
@@ -76,7 +78,7 @@ class Pass(NamedTuple):
 
     @classmethod
     def over(cls, shape: torch.Size, channels_last: bool, groups: int, per_sample: bool, sums: int = 0) -> "Pass":
-        at = Layout.read(shape, channels_last, merge=not per_sample)
+        at = Layout.of(shape, channels_last, merge=not per_sample)
         return cls(at, tiling(at, sums), groups, per_sample)
 
     @property
@@ -226,7 +228,7 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, shape: torch.Size, channels_last: bool, groups: int, per_sample: bool, device: int) -> "Statistics":
         if channels_last:
-            at = Layout.read(shape, True, merge=not per_sample)
+            at = Layout.of(shape, True, merge=not per_sample)
         else:
             at = Layout.rows(shape[0], groups, shape[1] // groups * shape[2:].numel())
         tiles, batches = tiling(at), at.samples if per_sample else 1
@@ -239,11 +241,6 @@ class Statistics(NamedTuple):
     @property
     def workspace(self) -> int:
         return 2 * self.step_size
-
-    @property
-    def folds(self) -> bool:
-        """Tell whether a program that needs the statistics of a few groups may put them together by itself."""
-        return not self.at.channels_last and self.parts.splits <= FOLDED
 
     @property
     def numbers(self) -> list[int]:
