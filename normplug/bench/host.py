@@ -25,7 +25,7 @@ __all__ = ["GOAL_RATIO", "Timing", "markdown", "measure", "without_launching"]
 
 # At most so many times what torch's own operations take.
 GOAL_RATIO = 1.5
-SHAPE, LARGE = (2, 64, 4, 4), (2, 64, 4, 4)
+SHAPE = (2, 256, 2, 2)
 
 
 class Launches:
@@ -37,43 +37,10 @@ class Launches:
 @contextmanager
 def without_launching() -> Iterator[type[Launches]]:
     """Let ops run their kernels' host code on CPU tensors: compiled for sm_90, started by a function that counts."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    from normplug.kernels._stub_driver import H100, stub_driver
 
-    class Utils:
-        def load_binary(self, _name, _kernel, _shared, _device):
-            return 1, 2, 64, 0, 1024  # module, function, registers, spills, threads
-
-        def get_device_properties(self, _device):
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    class Launcher:
-        def __init__(self, _source, _metadata):
-            pass
-
-        def __call__(self, *_):
-            Launches.count += 1
-
-    class Driver:
-        utils, launcher_cls = Utils(), Launcher
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, _device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def get_device_capability(self, _device):
-            return 9, 0
-
-        def get_active_torch_device(self):
-            return torch.device("cpu")
-
-        def map_python_to_cpp_type(self, name):
-            return name
+    def count(*_: Any) -> None:
+        Launches.count += 1
 
     registration = importlib.import_module("normplug.ops._registration")
     first_device, registration.FIRST_DEVICE = registration.FIRST_DEVICE, -1
@@ -82,13 +49,11 @@ def without_launching() -> Iterator[type[Launches]]:
         library.impl(name, launch, "CPU")
     ops = importlib.import_module("normplug.ops.group_norm")
     leave_to_aten, ops._leave_to_aten = ops._leave_to_aten, lambda *_: False
-    before = driver._active
-    driver.set_active(Driver())
     Launches.count = 0
     try:
-        yield Launches
+        with stub_driver(H100, count):
+            yield Launches
     finally:
-        driver._active = before
         registration.FIRST_DEVICE = first_device
         ops._leave_to_aten = leave_to_aten
         library._destroy()

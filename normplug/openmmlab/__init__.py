@@ -25,6 +25,7 @@ def register_hooks() -> None:
     """Register hooks, backbones and a strategy: ``custom_imports=dict(imports=['normplug'])`` is all they need."""
     from normplug.openmmlab import (  # noqa: F401  importing them registers
         checkpoints,
+        compile_kernels,
         feature_percentiles,
         precise_bn,
         random_state,

@@ -114,7 +114,9 @@ def without_gradient(op: Op) -> Callable[..., Any]:
     run = _runner(op)
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.is_grad_enabled() or torch.compiler.is_compiling() else run(*args)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return op(*args)
+        return run(*args)
 
     return call
 

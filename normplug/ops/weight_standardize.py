@@ -244,8 +244,7 @@ class _Standardize(torch.autograd.Function):
         if used and len(used) < len(weights):
             means, stds = _of_each(weights, mean, std)
             mean, std = torch.cat([means[i] for i in used]), torch.cat([stds[i] for i in used])
-        grads, weights = [grads[i] for i in used], [weights[i] for i in used]
-        dws = _gradients(grads, weights, mean, std, *options)
+        dws = _gradients([grads[i] for i in used], [weights[i] for i in used], mean, std, *options)
         for i, dw in zip(used, dws, strict=True):
             result[i] = dw
         return None, *result
