@@ -73,7 +73,9 @@ def batch_norm_act(
     if residual is not None:
         residual = residual.to(x.dtype)
     y, mean, _, m2 = _act(x, weight, bias, eps, act, residual)
-    return y, mean.detach(), m2.detach() / max(_count(x), 1)
+    if mean.requires_grad:  # as the op of a compiled graph has it
+        mean, m2 = mean.detach(), m2.detach()
+    return y, mean, m2 / max(_count(x), 1)
 
 
 def batch_normalize(
