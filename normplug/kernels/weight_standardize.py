@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normplug.kernels import _launch
+from normplug.kernels._launch import Step, planned, stream_of
 
 __all__ = ["backward", "backward_many", "forward", "forward_many"]
 
@@ -171,8 +171,11 @@ def _standardize(
     )  # fmt: skip
 
 
-# Not specialized: what is compiled once does every weight.
-@triton.jit(do_not_specialize=["count", "size", "step"])
+# Not specialized: what is compiled once does every weight, also one that starts at an odd address.
+@triton.jit(
+    do_not_specialize=["count", "size", "step"],
+    do_not_specialize_on_alignment=["grad_ptr", "weight_ptr", "out_ptr", "mean_ptr", "std_ptr"],
+)
 def _standardize_one(
     grad_ptr, weight_ptr, out_ptr, mean_ptr, std_ptr, count, size, step, eps,
     BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
@@ -243,24 +246,30 @@ def _addresses(columns: list[list[Tensor]], device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)  # from pinned memory: no wait for the GPU
 
 
-def _form(weight: Tensor, backward: bool, correction: int, eps_inside: bool) -> dict[str, Any]:
-    return {
-        "BACK": backward, "CORR": correction, "INSIDE": eps_inside, "DTYPE": DTYPES[weight.dtype],
+@planned
+def _plan(
+    kernel: Any, programs: int, numbers: tuple[float, ...], dtype: torch.dtype, backward: bool, correction: int,
+    eps_inside: bool, _device: int,
+) -> Step:  # fmt: skip
+    constants = {
+        "BACK": backward, "CORR": correction, "INSIDE": eps_inside, "DTYPE": DTYPES[dtype],
         "SMALL": SMALL, "MIDDLE": MIDDLE, "TILE": TILE, "LARGE": LARGE, "CHUNK": CHUNK,
     }  # fmt: skip
+    return Step(kernel, programs, numbers, constants)
 
 
 def _start_one(
     grad: Tensor, weight: Tensor, out: Tensor, mean: Tensor, std: Tensor, backward: bool,
     eps: float, correction: int, eps_inside: bool,
 ) -> None:  # fmt: skip
-    count = len(weight)
-    size = weight.numel() // max(count, 1)
+    count, device = len(weight), weight.get_device()
+    if count == 0:
+        return
+    size = weight.numel() // count
     step = _step(size, SMALL, MIDDLE, TILE)
-    _launch.run(
-        _standardize_one, triton.cdiv(count, step), grad, weight, out, mean, std, count, size, step, eps,
-        **_form(weight, backward, correction, eps_inside),
-    )  # fmt: skip
+    numbers, form = (count, size, step, eps), (backward, correction, eps_inside)
+    start = _plan(_standardize_one, -(-count // step), numbers, weight.dtype, *form, device)
+    start(stream_of(device), grad, weight, out, mean, std)
 
 
 def _start_many(
@@ -277,9 +286,9 @@ def _start_many(
     if _is_capturing(first.device):
         _captured[id(parts)] = parts
     if len(parts) > 0:
-        addresses = _addresses([grads, weights, outs], first.device)
-        form = _form(first, backward, correction, eps_inside)
-        _launch.run(_standardize, len(parts), addresses, parts, mean, std, eps, **form)
+        device, form = first.get_device(), (backward, correction, eps_inside)
+        start = _plan(_standardize, len(parts), (eps,), first.dtype, *form, device)
+        start(stream_of(device), _addresses([grads, weights, outs], first.device), parts, mean, std)
 
 
 def _like(grad: Tensor, weight: Tensor) -> Tensor:
