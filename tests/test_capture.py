@@ -87,6 +87,11 @@ def test_cbn_says_that_it_cannot_be_captured(monkeypatch):
             net[1](net[0](x))
 
 
+def test_torch_is_told_what_a_graph_must_not_repeat():
+    tags = [str(tag) for tag in torch.ops.normplug.recomputing.default.tags]
+    assert ("Tag.cudagraph_unsafe" in tags) == hasattr(torch.Tag, "cudagraph_unsafe")
+
+
 # --- weight standardization, whose launch reads addresses
 
 

@@ -311,6 +311,15 @@ def test_sums_have_the_dtype_of_the_statistics():
         assert {s.dtype for s in kernel("batch_norm").reduce(dy, x, mean, rstd, None, None, None, None)} == {dtype}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA, reason="the next test has the memory")
+def test_offsets_beyond_32_bits():
+    command = [sys.executable, str(ROOT / "tests" / "far_offsets.py")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.skipif(not CUDA, reason="more than 2**31 values take a GPU's memory")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_more_than_2_to_the_31_values(channels_last):

@@ -8,13 +8,14 @@ on the shapes only. Neither needs memory of the host when a CUDA graph that was 
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from normplug.kernels import _launch
+from normplug.kernels._launch import Step, planned, stream_of
 
 __all__ = ["backward", "backward_many", "forward", "forward_many"]
 
@@ -170,8 +171,11 @@ def _standardize(
     )  # fmt: skip
 
 
-# Not specialized: what is compiled once does every weight.
-@triton.jit(do_not_specialize=["count", "size", "step"])
+# Not specialized: what is compiled once does every weight, also one that starts at an odd address.
+@triton.jit(
+    do_not_specialize=["count", "size", "step"],
+    do_not_specialize_on_alignment=["grad_ptr", "weight_ptr", "out_ptr", "mean_ptr", "std_ptr"],
+)
 def _standardize_one(
     grad_ptr, weight_ptr, out_ptr, mean_ptr, std_ptr, count, size, step, eps,
     BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
@@ -242,7 +246,33 @@ def _addresses(columns: list[list[Tensor]], device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)  # from pinned memory: no wait for the GPU
 
 
-def _start(
+@planned
+def _plan(
+    kernel: Any, programs: int, numbers: tuple[float, ...], dtype: torch.dtype, backward: bool, correction: int,
+    eps_inside: bool, _device: int,
+) -> Step:  # fmt: skip
+    constants = {
+        "BACK": backward, "CORR": correction, "INSIDE": eps_inside, "DTYPE": DTYPES[dtype],
+        "SMALL": SMALL, "MIDDLE": MIDDLE, "TILE": TILE, "LARGE": LARGE, "CHUNK": CHUNK,
+    }  # fmt: skip
+    return Step(kernel, programs, numbers, constants)
+
+
+def _start_one(
+    grad: Tensor, weight: Tensor, out: Tensor, mean: Tensor, std: Tensor, backward: bool,
+    eps: float, correction: int, eps_inside: bool,
+) -> None:  # fmt: skip
+    count, device = len(weight), weight.get_device()
+    if count == 0:
+        return
+    size = weight.numel() // count
+    step = _step(size, SMALL, MIDDLE, TILE)
+    numbers, form = (count, size, step, eps), (backward, correction, eps_inside)
+    start = _plan(_standardize_one, -(-count // step), numbers, weight.dtype, *form, device)
+    start(stream_of(device), grad, weight, out, mean, std)
+
+
+def _start_many(
     grads: list[Tensor], weights: list[Tensor], outs: list[Tensor], mean: Tensor, std: Tensor, backward: bool,
     eps: float, correction: int, eps_inside: bool,
 ) -> None:  # fmt: skip
@@ -252,27 +282,19 @@ def _start(
             f"weight_standardize_many takes weights of one dtype and device, but got "
             f"{sorted({f'{w.dtype} on {w.device}' for w in weights})}. Call it once for each."
         )
-    form = {"BACK": backward, "CORR": correction, "INSIDE": eps_inside, "DTYPE": DTYPES[first.dtype]}
-    form |= {"SMALL": SMALL, "MIDDLE": MIDDLE, "TILE": TILE, "LARGE": LARGE, "CHUNK": CHUNK}
-    if len(weights) == 1:
-        count = len(first)
-        size = first.numel() // max(count, 1)
-        step = _step(size, SMALL, MIDDLE, TILE)
-        _launch.run(
-            _standardize_one, triton.cdiv(count, step), grads[0], first, outs[0], mean, std, count, size, step, eps,
-            **form,
-        )  # fmt: skip
-        return
     parts = _parts(tuple((len(w), w.numel()) for w in weights), SMALL, MIDDLE, TILE, first.device)
     if _is_capturing(first.device):
         _captured[id(parts)] = parts
     if len(parts) > 0:
-        addresses = _addresses([grads, weights, outs], first.device)
-        _launch.run(_standardize, len(parts), addresses, parts, mean, std, eps, **form)
+        device, form = first.get_device(), (backward, correction, eps_inside)
+        start = _plan(_standardize, len(parts), (eps,), first.dtype, *form, device)
+        start(stream_of(device), _addresses([grads, weights, outs], first.device), parts, mean, std)
 
 
 def _like(grad: Tensor, weight: Tensor) -> Tensor:
     """Return a gradient that lies in memory as the weight does: itself, or a copy."""
+    if grad.dtype == weight.dtype and grad.stride() == weight.stride():
+        return grad
     layouts = zip(grad.stride(), weight.stride(), weight.shape, strict=True)
     if grad.dtype == weight.dtype and all(g == w or size == 1 for g, w, size in layouts):
         return grad
@@ -286,7 +308,7 @@ def forward_many(
     outs = [torch.empty_like(w) for w in weights]
     mean = torch.empty(sum(map(len, weights)), 1, dtype=torch.float32, device=weights[0].device)
     std = torch.empty_like(mean)
-    _start(weights, weights, outs, mean, std, False, eps, correction, eps_inside)
+    _start_many(weights, weights, outs, mean, std, False, eps, correction, eps_inside)
     return outs, mean, std
 
 
@@ -297,13 +319,16 @@ def backward_many(
     """Return what ``reference_many_backward`` returns: the gradient of each weight."""
     outs = [torch.empty_like(w) for w in weights]
     grads = [_like(g, w) for g, w in zip(grads, weights, strict=True)]
-    _start(grads, weights, outs, mean, std, True, eps, correction, eps_inside)
+    _start_many(grads, weights, outs, mean, std, True, eps, correction, eps_inside)
     return outs
 
 
 def forward(weight: Tensor, eps: float, correction: int, eps_inside: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return what ``reference`` returns."""
-    (out,), mean, std = forward_many([weight], eps, correction, eps_inside)
+    out = torch.empty_like(weight)
+    mean = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+    std = torch.empty_like(mean)
+    _start_one(weight, weight, out, mean, std, False, eps, correction, eps_inside)
     return out, mean, std
 
 
@@ -311,4 +336,6 @@ def backward(
     grad: Tensor, weight: Tensor, mean: Tensor, std: Tensor, eps: float, correction: int, eps_inside: bool
 ) -> Tensor:
     """Return what ``reference_backward`` returns."""
-    return backward_many([grad], [weight], mean, std, eps, correction, eps_inside)[0]
+    out = torch.empty_like(weight)
+    _start_one(_like(grad, weight), weight, out, mean, std, True, eps, correction, eps_inside)
+    return out

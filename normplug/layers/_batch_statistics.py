@@ -35,8 +35,10 @@ def recomputing() -> bool:
     return current is not None and current() >= 0
 
 
-# Not by custom_op: what that adds to a call is several times what this one does.
-torch.library.define("normplug::recomputing", "(Tensor x) -> Tensor")
+# Not by custom_op: what that adds to a call is several times what this one does. A CUDA graph would repeat what was so
+# when it was captured; torch that has the tag leaves the op out of the graphs that it makes.
+_TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
+torch.library.define("normplug::recomputing", "(Tensor x) -> Tensor", tags=_TAGS)
 
 
 @torch.library.impl("normplug::recomputing", "CompositeExplicitAutograd")
