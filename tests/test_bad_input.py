@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, DEVICE, INTERPRETED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normplug import layers, ops
 from normplug.registry import MODELS, config_names
@@ -190,6 +191,17 @@ OPS = {
     "weight_standardize_many": lambda x, **p: ops.weight_standardize_many([x], **p),
 }
 each_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
+def test_an_op_refuses_what_lies_on_another_device(name, device):
+    """A kernel would read the address of the one in the memory of the other."""
+    with FakeTensorMode():
+        x = torch.empty(2, C, 5, 5, device="cuda:0")
+        value = torch.empty(x.shape if name == "residual" else C, device=device)
+        with pytest.raises(ValueError, match=f"{name} on {device} and an input on cuda:0"):
+            ops.group_norm(x, 2, **{name: value})
 
 
 def test_every_op_is_tried():

@@ -71,6 +71,10 @@ def check_residual(name: str, x: Tensor, residual: Tensor | None) -> None:
     if residual is None:
         return
     check_tensor(name, residual, "residual")
+    if residual.get_device() != x.get_device():
+        raise ValueError(
+            f"{name} got a residual on {residual.device} and an input on {x.device}. Move one to the other."
+        )
     if residual.shape != x.shape:
         raise ValueError(
             f"{name} adds a residual of the input's own shape {tuple(x.shape)}, but got "
@@ -85,10 +89,17 @@ def check_parameters(name: str, x: Tensor, **parameters: Tensor | None) -> None:
         raise ValueError(
             f"{name} expects an input of shape (N, C, *), but got {tuple(x.shape)}. Add the missing axes by unsqueeze."
         )
-    channels = (x.shape[1],)
+    channels, device = (x.shape[1],), x.get_device()
     for parameter, value in parameters.items():
-        if value is None or (isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels):
+        if value is None:
             continue
+        if isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels:
+            if value.get_device() == device:
+                continue
+            raise ValueError(
+                f"{name} got {parameter} on {value.device} and an input on {x.device}. Move the layer to the input's "
+                f"device, layer.to({str(x.device)!r}), or the input to the layer's."
+            )
         check_tensor(name, value, parameter)
         raise ValueError(
             f"{name} takes one value of {parameter} per channel, but got {tuple(value.shape)} for an input of "

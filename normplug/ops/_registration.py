@@ -38,7 +38,13 @@ below_autograd = _AutoDispatchBelowAutograd
 Op = torch._ops.OpOverload
 
 
-def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any], schema: str | None = None) -> Op:
+def define(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    schema: str | None = None,
+    capturable: bool = True,
+) -> Op:
     """Make an op of a function and return it as ``torch.ops.normplug.name``.
 
     Args:
@@ -46,10 +52,12 @@ def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any], s
         reference: What it does, on every device; it returns new tensors that share no memory.
         fake: Returns tensors as the reference does, uninitialized: shapes, dtypes and strides for compilers.
         schema: Arguments and results in torch's notation; read off the annotations of the reference unless given.
+        capturable: False if it takes from the host what a replayed CUDA graph would miss: compilers leave it out then.
     """
-    _LIBRARY.define(
-        name + (schema or torch.library.infer_schema(reference, mutates_args=())), tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    tags = [torch.Tag.pt2_compliant_tag]
+    if not capturable and hasattr(torch.Tag, "cudagraph_unsafe"):  # since torch 2.8
+        tags.append(torch.Tag.cudagraph_unsafe)
+    _LIBRARY.define(name + (schema or torch.library.infer_schema(reference, mutates_args=())), tags=tags)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"normplug::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.normplug, name).default
