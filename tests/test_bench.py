@@ -1,21 +1,28 @@
 """The benchmark: what it counts, what it refuses to time, and what it makes of its rows. No number of it is tested."""
 
+import functools
+import inspect
+import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from cases import unpadded
 from torch import nn
 
+from normplug import bench
 from normplug.__main__ import main
-from normplug.bench import cases, cpu_goals, measure, peers, report, runner, shapes
-from normplug.bench.facts import slug
-from normplug.bench.runner import OURS
+from normplug.bench import against, cases, cpu_goals, measure, peers, report, runner, shapes
+from normplug.bench.facts import conditions, slug
+from normplug.bench.runner import AGAIN, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -122,6 +129,10 @@ def case(op="group_norm_relu", dtype="float32", layout="contiguous"):
     return cases.OPS[op], shapes.select("tiny", cases.OPS[op].role)[0], dtype, layout
 
 
+def measured():
+    return [row for rows in runner.measure_case(case(), CPU, EAGER, 0.001, 1.0) for row in rows]
+
+
 def broken(op, monkeypatch, change):
     """Let our op return something else."""
     right = cases.OPS[op]
@@ -145,7 +156,7 @@ BREAKS = {
 @pytest.mark.parametrize("fault", BREAKS)
 def test_a_broken_op_is_reported_and_not_timed(fault, monkeypatch):
     broken("group_norm_relu", monkeypatch, BREAKS[fault])
-    rows = runner.measure_case(case(), CPU, EAGER, 0.001, 1.0)
+    rows = measured()
     assert {(r.who, r.status) for r in rows} == {(OURS, "wrong" if fault != "shape" else "failed")}
     assert all(r.ms is None and r.message for r in rows)
 
@@ -155,7 +166,7 @@ def test_an_op_that_raises_is_reported(monkeypatch):
         raise RuntimeError("no such kernel")
 
     broken("group_norm_relu", monkeypatch, fail)
-    rows = runner.measure_case(case(), CPU, EAGER, 0.001, 1.0)
+    rows = measured()
     assert {(r.status, r.message) for r in rows} == {("failed", "RuntimeError: no such kernel")}
 
 
@@ -166,7 +177,7 @@ def test_an_op_that_does_not_exist_yet_is_reported(monkeypatch):
         return no_such_norm
 
     broken("group_norm_relu", monkeypatch, absent)
-    rows = runner.measure_case(case(), CPU, EAGER, 0.001, 1.0)
+    rows = measured()
     assert {r.status for r in rows} == {"unavailable"}
     assert "no_such_norm" in rows[0].message
     assert str(ROOT) not in rows[0].message
@@ -236,7 +247,7 @@ def test_tiny_run(tmp_path, capsys):
     assert whos == {
         (op, who, direction)
         for op in ("group_norm_relu", "weight_standardize")
-        for who in (OURS, *EAGER)
+        for who in (OURS, AGAIN, *EAGER)
         for direction in runner.PASSES
     }
     for row in result["rows"]:
@@ -245,7 +256,8 @@ def test_tiny_run(tmp_path, capsys):
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
         assert row["copy_fraction"] == pytest.approx(row["gb_per_s"] / result["bandwidth"]["copy_gb_per_s"])
         assert row["peak_bytes"] >= row["kept_bytes"] > 0
-    assert "x torch eager" in unpadded(text.out)
+    assert "| x normplug again | x torch eager |" in unpadded(text.out)
+    assert "Clocks and temperature: not recorded (no GPU here" in text.out
     assert "[1/3]" in text.err  # progress
     assert "[1/3]" not in unpadded(text.out)
     assert main(["bench", "--table", str(out)]) == 0
@@ -274,9 +286,331 @@ def test_a_missing_device_is_an_argument_error(capsys, monkeypatch):
 
 
 def test_cases_begin_with_something_of_everything():
-    order = runner.plan(["group_norm", "evonorm_s0"], "all", ["float32", "bfloat16"], ["contiguous"])
-    first = {(op.name, dtype) for op, _, dtype, _ in order[:4]}
-    assert first == {(op, dtype) for op in ("group_norm", "evonorm_s0") for dtype in ("float32", "bfloat16")}
+    """The smallest and the largest map of each op, in each dtype, and both layouts, before anything a second time."""
+    ops, dtypes, layouts = ["group_norm", "evonorm_s0"], ["bfloat16", "float32"], list(runner.LAYOUTS)
+    order = runner.plan(ops, "all", dtypes, layouts)
+    ends = {}
+    for op in ops:
+        by_size = sorted(shapes.select("all", cases.OPS[op].role), key=lambda shape: torch.Size(shape.dims[0]).numel())
+        ends[op] = by_size[0], by_size[-1]
+    first = [(op.name, dtype, shape) for op, shape, dtype, _ in order[:8]]
+    assert set(first) == {(op, dtype, end) for op in ops for dtype in dtypes for end in ends[op]}
+    assert [dtype for _, dtype, _ in first] == ["bfloat16"] * 4 + ["float32"] * 4
+    for op in ops:
+        assert {layout for o, _, _, layout in order[:8] if o.name == op} == set(layouts)
+    whole = {
+        (o, s, d, la) for o in ops for s in shapes.select("all", cases.OPS[o].role) for d in dtypes for la in layouts
+    }
+    assert len(order) == len(whole)
+    assert {(op.name, *rest) for op, *rest in order} == whole
+
+
+# --- stopped
+
+
+TINY_RUN = ["--ops", "group_norm_relu", "--dtypes", "float32", "--peers", *EAGER, "--each", "0.002"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_reports_what_was_measured(number, tmp_path, monkeypatch, capsys):
+    """Between the passes of the second case: its forward rows are in the file already."""
+    out, passes, timed = tmp_path / "rows.json", [], runner.time_in_turns
+
+    def stopping(batches, *args):
+        if OURS in batches:
+            passes.append(json.loads(out.read_text())["rows"] if out.exists() else [])
+            if len(passes) == 4:
+                os.kill(os.getpid(), number)
+        return timed(batches, *args)
+
+    monkeypatch.setattr(runner, "time_in_turns", stopping)
+    before = signal.getsignal(number)
+    code, text = run([*TINY_RUN, "--out", str(out)], capsys)
+    assert code == 128 + number
+    assert signal.getsignal(number) is before
+    assert [len(rows) for rows in passes] == [0, 3, 6, 9]  # ours, again, torch eager
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["who"], r["status"]) for r in rows[9:]] == [(OURS, "not run")] * 5
+    assert rows[9]["direction"] == "forward+backward"
+    assert {r["message"] for r in rows[9:]} == {f"stopped by {number.name}"}
+    assert "| group_norm_relu | tiny 2-D |" in unpadded(text.out)
+    assert f"| not run | 5 | stopped by {number.name} |" in unpadded(text.out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_run_stopped_before_its_first_case_has_a_report(monkeypatch, capsys):
+    monkeypatch.setattr(runner, "copy_bandwidth", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    code, text = run(TINY_RUN, capsys)
+    assert code == 128 + signal.SIGTERM
+    assert "Copy bandwidth in this run: - GB/s before" in text.out
+    assert "| not run | 8 | stopped by SIGTERM |" in unpadded(text.out)
+
+
+# --- clocks
+
+
+class Event:
+    """A CUDA event that writes down when it is recorded; there is a GPU only in its name."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.log.append("event")
+
+    def elapsed_time(self, _):
+        return 1.0
+
+
+class Buffer:
+    def sum(self):
+        Event.log.append("flush")
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    Event.log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: Event.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: None)
+    monkeypatch.setattr(measure, "_more_than_l2", lambda _: Buffer())
+
+
+def test_the_cache_is_flushed_outside_of_the_time(fake_gpu):
+    batch = measure.batch_of(lambda: Event.log.append("call"), torch.device("cuda", 0))
+    times, hosts = batch(2, 0.1, True)
+    assert Event.log == ["wait", *["flush", "event", "call", "event"] * 2, "wait"]
+    assert len(times) == len(hosts) == 2
+    Event.log.clear()
+    batch(2, 0.1, False)
+    assert Event.log == ["wait", "call", *["event", "call", "event"] * 2, "wait"]
+
+
+def test_cold_and_warm_are_two_columns():
+    def batch(count, _host, cold):
+        return [3.0 if cold else 2.0] * count, [0.5] * count
+
+    timing = measure.time_in_turns({"a": batch}, torch.device("cuda", 0), 0.1)["a"]
+    assert (timing.median, timing.warm, timing.host) == (3.0, 2.0, 0.5)
+    assert measure.time_in_turns({"a": batch}, CPU, 0.1)["a"].warm is None
+    rows = [made_up("group_norm", OURS, 0.3, warm_ms=0.1), made_up("group_norm", AGAIN, 0.33, warm_ms=0.1)]
+    text = unpadded(report.markdown(made_up_result(rows)))
+    assert "| 26.7 | 0.27 | 3.00 | 0.100 | 1.10 |" in text  # GB/s, of copy, warm, host, again
+    assert "0.3000 (0.3000 to 0.3000) | 0.1000 |" in text
+    assert "second over first, is 1.100 to 1.100 in 1 cases" in text
+
+
+def test_the_ceiling_is_a_copy_of_random_bits(monkeypatch):
+    copies = []
+    monkeypatch.setattr(
+        measure, "batch_of", lambda call, _: copies.append(call) or (lambda n, *_: ([1.0] * n, [1.0] * n))
+    )
+    assert measure.copy_bandwidth(CPU, 1 << 20) == pytest.approx(2 * 2**20 / 1e6)
+    source = inspect.getclosurevars(copies[0]).nonlocals["source"]
+    assert source.nbytes == 1 << 20
+    assert source.unique().numel() > 0.99 * source.numel()
+
+
+SMI = """#!/bin/sh
+[ "$1" = --id=GPU-abc ] && echo "1980, 1980, 2619, 41, 113.25, 0x0000000000000000"
+"""
+
+
+def test_clocks_come_from_nvidia_smi(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    uuid = "abc"
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"uuid": uuid, "name": "GPU"})
+    )
+    gpu = torch.device("cuda", 0)
+    found = conditions(gpu)
+    assert (found["SM clock, MHz"], found["temperature, °C"]) == ("1980", "41")
+    table = unpadded(report.markdown(made_up_result([]) | {"conditions": {"before": found, "after": {}}}))
+    assert "| temperature, °C | 41 | - |" in table
+    uuid = "another"
+    assert conditions(gpu) == {}
+    assert conditions(CPU) == {}
+    smi.unlink()
+    assert conditions(gpu) == {}
+
+
+# --- memory that holds nothing right
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+@pytest.mark.parametrize("size", [64, 5000, 300_000, 10_000_000])
+def test_memory_is_poisoned_while_a_result_is_checked(size):
+    with measure.poisoned(CPU):
+        assert (torch.empty(size) == torch.full((1,), 0xFE, dtype=torch.uint8).repeat(4).view(torch.float32)).all()
+    torch.ones(size)
+    assert (torch.empty(size) > -1e38).any()  # and no longer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_kernel_that_writes_nothing_is_wrong(monkeypatch):
+    """Neither its own earlier result nor anybody else's lies in what it returns."""
+    seen = []
+
+    def unwritten(y, _):
+        seen.append(torch.empty_like(y).detach())
+        return y * 0 + seen[-1]
+
+    broken("group_norm_relu", monkeypatch, unwritten)
+    rows = measured()
+    assert {(r.who, r.status) for r in rows} == {(OURS, "wrong")}
+    assert (seen[-1] < -1e38).all()
+
+
+def test_on_a_gpu_every_free_block_is_filled(monkeypatch):
+    def segment(kind, *blocks, device=None, stream=7):
+        blocks = [{"state": state, "size": size} for state, size in blocks]
+        return {"device": device, "stream": stream, "segment_type": kind, "blocks": blocks}
+
+    free, used = "inactive", "active_allocated"
+    segments = [
+        segment("small", (free, 512), (used, 1024), (free, 5 << 19)),
+        segment("large", (used, 3 << 20), (free, 4 << 20)),
+        segment("large", (free, 8 << 20), device=1),
+        segment("large", (free, 8 << 20), stream=8),
+    ]
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("Stream", (), {"cuda_stream": 7}))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: made.append(empty(*args, **kwargs)) or made[-1])
+    measure._fill_free_blocks(CPU)
+    assert [len(t) for t in made] == [512, 1 << 20, 1 << 20, 1 << 19, 4 << 20]
+    for t, dtype in itertools.product(made, (torch.bfloat16, torch.float16, torch.float32, torch.float64)):
+        assert t.view(dtype).isnan().all()
+
+
+# --- in place
+
+
+class KeepsOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0]
+
+
+class ReturnsView(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x.flatten() * 2).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+@pytest.mark.parametrize(
+    ("norm", "in_place"), [(lambda x: x * 2, True), (KeepsOutput.apply, False), (ReturnsView.apply, False)]
+)
+def test_peers_add_and_rectify_in_place_where_autograd_allows_it(norm, in_place):
+    op, shape = cases.OPS["group_norm_add_relu"], shapes.select("tiny", "add")[0]
+    problem = cases.make_problem(op, shape, torch.float32, False, CPU)
+    outs = []
+
+    def watched(x):
+        outs.append(norm(x))
+        return outs[-1]
+
+    contender = peers._with_sum_and_relu("a peer", problem, watched, {})
+    y = contender.call()
+    assert (y.data_ptr() == outs[-1].data_ptr()) == in_place
+    got = torch.autograd.grad(y, list(contender.leaves.values()), problem.dys[0])
+    x, residual = (contender.leaves[name].detach().requires_grad_() for name in ("x", "residual"))
+    z = x.exp() if norm == KeepsOutput.apply else x * 2
+    want = torch.autograd.grad((z + residual).relu(), (x, residual), problem.dys[0])
+    torch.testing.assert_close(got, want)
+
+
+# --- another version
+
+
+def git(folder, *args):
+    subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A checkout whose tag 'slip' has a GroupNorm that is wrong, and whose tag 'empty' has no normplug."""
+    root = tmp_path_factory.mktemp("repository")
+    git(root, "init", "-q")
+    git(root, "commit", "-q", "--allow-empty", "-m", "empty")
+    git(root, "tag", "empty")
+    shutil.copytree(ROOT / "normplug", root / "normplug", ignore=shutil.ignore_patterns("__pycache__"))
+    for tag, more in (("good", ""), ("slip", SLIP)):
+        with (root / "normplug" / "ops" / "__init__.py").open("a") as file:
+            file.write(more)
+        git(root, "add", "-A")
+        git(root, "commit", "-q", "-m", tag)
+        git(root, "tag", tag)
+    return root
+
+
+SLIP = """
+_right = group_norm
+def group_norm(*args):
+    return _right(*args) * 1.01
+"""
+
+
+@pytest.mark.slow
+def test_another_version_is_measured_in_turns(repository, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(bench, "unpacked", functools.partial(against.unpacked, root=repository))
+    out = tmp_path / "rows.json"
+    assert main(["bench", "--device", "cpu", *TINY_RUN, "--against", "good", "--out", str(out)]) == 0
+    rows = [r for r in json.loads(out.read_text())["rows"] if r["who"] == "normplug good"]
+    assert [(r["status"], r["direction"]) for r in rows] == [("ok", p) for p in runner.PASSES] * 4
+    assert all(r["ms"] > 0 and r["peak_bytes"] > 0 for r in rows)
+    assert "| x normplug again | x normplug good | x torch eager |" in unpadded(capfd.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_other_version_runs_its_own_code_and_may_die(repository):
+    op, shape, _, _ = case()
+    with against.unpacked("slip", repository) as folder:
+        with against.Other("slip", folder, CPU) as other:
+            assert "output y0 is off by" in other.ask("prepare", op.name, shape, torch.float32, False)
+            with pytest.raises(RuntimeError, match="Error: "):
+                other.ask("prepare", op.name, shapes.Shape("a", "b", "act", ((2, 33, 4, 4),)), torch.float32, False)
+            other.process.kill()
+            given = [row for rows in runner.measure_case(case(), CPU, EAGER, 0.001, 1.0, other) for row in rows]
+        assert {r.status for r in given if r.who != other.name} == {"ok"}
+        dead = [r for r in given if r.who == other.name]
+        assert {(r.status, r.message) for r in dead} == {
+            ("failed", "RuntimeError: the process of normplug slip has ended")
+        }
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("ref", "said"),
+    [
+        ("no-such-branch", "no commit, branch or tag of"),
+        ("--help", "no commit, branch or tag of"),
+        ("", "no commit, branch or tag of"),
+        ("empty", "has no folder normplug/"),
+        (None, "takes a git checkout of normplug"),
+    ],
+)
+def test_a_version_that_is_not_there_is_an_argument_error(ref, said, repository, tmp_path, monkeypatch, capsys):
+    root = tmp_path if ref is None else repository
+    monkeypatch.setattr(bench, "unpacked", functools.partial(against.unpacked, root=root))
+    assert main(["bench", "--device", "cpu", f"--against={'main' if ref is None else ref}"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert said in sentence
 
 
 # --- tables
@@ -294,10 +628,10 @@ def made_up(op, who, ms, dtype="bfloat16", place="a", **more):
 
 
 def made_up_result(rows, device_type="cuda"):
-    facts = dict(device="GPU X", device_type=device_type, driver="1", cuda="2", threads=1, python="3", commit="c")
-    facts |= dict(versions={"torch": "9.9", "apex": None}, date="today", command="bench")
+    found = dict(device="GPU X", device_type=device_type, driver="1", cuda="2", threads=1, python="3", commit="c")
+    found |= dict(versions={"torch": "9.9", "apex": None}, date="today", command="bench")
     bandwidth = {"copy_gb_per_s": 100.0, "copy_gb_per_s_at_the_end": 99.0}
-    return {"facts": facts, "bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
+    return {"facts": found, "bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
 
 
 def test_table_has_geometric_means_and_goals():

@@ -4,25 +4,32 @@ A case is an op on the input of one layer of Mask R-CNN R50-FPN or I3D R50, in o
 compared with a formula in float64 first; what is wrong is reported and not timed. Tables go to stdout, progress to
 stderr.
 
+Each row is written to --out when it is measured; stopped by SIGINT (Ctrl-C) or SIGTERM, the tables of what was measured
+are printed all the same. The smallest and the largest maps come first, in every dtype.
+
 Exit code: 0 all of ours was right and was timed, or the time was up; 1 something of ours was wrong or failed; with
---cpu-goals, 1 also where a goal is not reached; 2 wrong arguments.
+--cpu-goals, 1 also where a goal is not reached; 2 wrong arguments; 130 or 143 stopped by SIGINT or SIGTERM.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from normplug.bench import compilations, cpu_goals, host
+from normplug.bench.against import Other, unpacked
 from normplug.bench.cases import OPS
-from normplug.bench.facts import facts
+from normplug.bench.facts import conditions, facts
 from normplug.bench.peers import PEERS
 from normplug.bench.report import markdown
-from normplug.bench.runner import DTYPES, LAYOUTS, OURS, Row, measure_all, plan
+from normplug.bench.runner import DTYPES, LAYOUTS, OURS, Row, Stopped, measure_all, plan
 from normplug.ops._registration import has_triton
 
 # Kind of a result -> its table.
@@ -52,6 +59,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--each", type=float, default=0.1, help="seconds of repetitions per contender and pass")
     p.add_argument("--out", type=Path, help="write all rows there, as JSON")
     p.add_argument("--table", type=Path, metavar="JSON", help="measure nothing: print the tables of what --out wrote")
+    p.add_argument(
+        "--against",
+        metavar="REF",
+        help="measure ours as of that commit, branch or tag too, in turns, from a second process: a column of ratios",
+    )
     p.add_argument("--commit", help="of normplug, where its folder is no git repository")
     p.add_argument(
         "--host",
@@ -93,15 +105,51 @@ def main(args: argparse.Namespace) -> int:
         print(cpu_goals.markdown(result))
         return int(any(c.reached is False for c in comparisons))
     todo = plan(args.ops, args.shapes or ("all" if device.type == "cuda" else "tiny"), args.dtypes, args.layouts)
-    result = {"kind": "ops", "facts": found}
+    readings = {"before": conditions(device)}
+    result = {"kind": "ops", "facts": found, "conditions": readings, "bandwidth": {}, "rows": []}
 
     def save(rows: list[Row], bandwidth: dict[str, float]) -> None:
         result.update(bandwidth=bandwidth, rows=[asdict(row) for row in rows])
         write_json(args.out, result)
 
-    rows, _ = measure_all(todo, device, args.peers, args.seconds, args.each, save)
+    code = 0
+    with contextlib.ExitStack() as stack:
+        other = None
+        if args.against is not None:
+            try:
+                folder = stack.enter_context(unpacked(args.against))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
+            other = stack.enter_context(Other(args.against, folder, device))
+        try:
+            with _stoppable():
+                measure_all(todo, device, args.peers, args.seconds, args.each, save, other)
+        except Stopped as stopped:
+            code = 128 + stopped.args[1]
+    readings["after"] = conditions(device)
+    write_json(args.out, result)
     print(markdown(result))
-    return int(any(row.who == OURS and row.status in ("wrong", "failed") for row in rows))
+    return code or int(any(row["who"] == OURS and row["status"] in ("wrong", "failed") for row in result["rows"]))
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise `Stopped`, once: the next one ends the process as ever."""
+
+    def stop(number: int, _frame: object) -> None:
+        restore()
+        raise Stopped(f"stopped by {signal.Signals(number).name}", number)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _measure_without_gpu(kind: str, out: Path | None) -> int:

@@ -13,7 +13,7 @@ import torch
 import normplug
 from normplug.bench.peers import versions
 
-__all__ = ["current_commit", "describe", "facts", "slug"]
+__all__ = ["conditions", "current_commit", "describe", "facts", "slug"]
 
 
 def facts(device: torch.device, command: Sequence[str], commit: str | None = None) -> dict[str, object]:
@@ -42,6 +42,27 @@ def facts(device: torch.device, command: Sequence[str], commit: str | None = Non
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(command),
     }
+
+
+# Name of a reading -> what nvidia-smi calls it.
+READINGS = {
+    "SM clock, MHz": "clocks.sm",
+    "SM clock at most, MHz": "clocks.max.sm",
+    "memory clock, MHz": "clocks.mem",
+    "temperature, °C": "temperature.gpu",
+    "power, W": "power.draw",
+    "throttle reasons": "clocks_throttle_reasons.active",
+}
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """Return clocks, temperature and power of a GPU now, as nvidia-smi has them; nothing where it has none."""
+    if device.type != "cuda":
+        return {}
+    which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    line = _output("nvidia-smi", which, f"--query-gpu={','.join(READINGS.values())}", "--format=csv,noheader,nounits")
+    values = [value.strip() for value in (line or "").split(",")]
+    return dict(zip(READINGS, values, strict=True)) if len(values) == len(READINGS) else {}
 
 
 def describe(found: dict) -> list[str]:

@@ -223,17 +223,31 @@ def _liger(name: str, problem: Problem) -> Contender:
 
 
 def _with_sum_and_relu(name: str, problem: Problem, norm: Function, parameters: dict[str, nn.Parameter]) -> Contender:
+    """Return the norm, the sum and the ReLU, both in place as in the toolkits' blocks if autograd allows it here.
+
+    It does not where the norm's output is a view made inside of its function, or is needed by its backward.
+    """
     with torch.no_grad():
         for key, p in parameters.items():
             p.copy_(problem.tensors[key])
     big = {k: t.detach().clone().requires_grad_() for k, t in problem.tensors.items() if t.ndim > 1}
 
-    def call():
+    def in_place():
+        z = norm(big["x"])
+        z = z.add_(big["residual"]) if "residual" in big else z
+        return z if problem.op.name == "group_norm" else z.relu_()
+
+    def copying():
         z = norm(big["x"])
         z = z + big["residual"] if "residual" in big else z
         return z if problem.op.name == "group_norm" else z.relu()
 
-    return Contender(name, call, {**big, **parameters})
+    leaves = {**big, **parameters}
+    try:
+        torch.autograd.grad(in_place(), list(leaves.values()), problem.dys[0])
+    except RuntimeError:
+        return Contender(name, copying, leaves)
+    return Contender(name, in_place, leaves)
 
 
 @functools.cache

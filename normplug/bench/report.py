@@ -12,7 +12,7 @@ from normplug.reporting import markdown_table
 
 __all__ = ["GOALS", "geometric_mean", "markdown"]
 
-OURS = "normplug"
+OURS, AGAIN = "normplug", "normplug again"
 STEP = "forward+backward"
 
 
@@ -60,18 +60,23 @@ def markdown(result: dict) -> str:
     parts = [
         f"# normplug's ops on {result['facts']['device']}",
         "\n".join(describe(result["facts"])),
-        f"Copy bandwidth in this run: {copy['copy_gb_per_s']:.1f} GB/s before, "
+        f"Copy bandwidth in this run: {_number(copy.get('copy_gb_per_s'), '.1f')} GB/s before, "
         f"{_number(copy.get('copy_gb_per_s_at_the_end'), '.1f')} GB/s after; fractions are of the first.",
+        readings(result.get("conditions", {})),
+        noise(by_case),
     ]
     if result["facts"]["device_type"] == "cuda":
         parts += ["## Goals", goals(by_case)]
     parts += [
         "## Geometric means over the shapes",
         "Times as fast as each peer (its time over ours, from the same cases); GB/s are the bytes that had to move "
-        "over the time, and the fraction is of the copy bandwidth.",
+        "over the time, and the fraction is of the copy bandwidth. Times of a GPU are with a cold L2 cache; 'warm' is "
+        "how many times as fast ours is with a warm one. Host is milliseconds of Python per call. 'normplug again' is "
+        "the same code timed a second time: what it differs from 1 is noise.",
         summary(by_case),
         "## Every case",
-        "Milliseconds of ours with 20th and 80th percentile, then of the peers; host: milliseconds of Python per call; "
+        "Milliseconds of ours with 20th and 80th percentile, with a warm L2 cache, then of the others; host: "
+        "milliseconds of Python per call; "
         "peak and kept: MB beyond the inputs at the peak of forward and backward, and between them (the output "
         "included).",
         detail(by_case),
@@ -84,6 +89,32 @@ def markdown(result: dict) -> str:
     if problems:
         parts += ["## Not measured", problems]
     return "\n\n".join(parts) + "\n"
+
+
+def readings(found: dict[str, dict[str, str]]) -> str:
+    """Return clocks and temperature before and after."""
+    if not any(found.values()):
+        return "Clocks and temperature: not recorded (no GPU here, or no nvidia-smi that knows it)."
+    before, after = found.get("before", {}), found.get("after", {})
+    names = before or after
+    return markdown_table([["", "before", "after"], *([n, before.get(n, "-"), after.get(n, "-")] for n in names)])
+
+
+def noise(by_case: dict[tuple, dict[str, dict]]) -> str:
+    """Return how far the same code is from itself, over all cases."""
+    found = sorted(ratios(by_case, AGAIN, lambda _: True))
+    if not found:
+        return "Noise: nothing was timed twice."
+    return (
+        f"Noise: ours timed twice, second over first, is {found[0]:.3f} to {found[-1]:.3f} in {len(found)} cases, "
+        f"{geometric_mean(found):.3f} on average. A ratio of one case within that range says nothing."
+    )
+
+
+def others(by_case: dict[tuple, dict[str, dict]]) -> list[str]:
+    """Return who was timed beside ours: ours again, another version of ours, the peers."""
+    names = {name: None for case in by_case.values() for name in case if name != OURS}
+    return sorted(names, key=lambda name: (name != AGAIN, PEERS.index(name) if name in PEERS else -1))
 
 
 def _case(row: dict) -> tuple:
@@ -132,7 +163,7 @@ def goals(by_case: dict[tuple, dict[str, dict]]) -> str:
 
 def summary(by_case: dict[tuple, dict[str, dict]]) -> str:
     """Return geometric means per op, dtype, layout and pass."""
-    peers = [p for p in PEERS if any(p in case for case in by_case.values())]
+    peers = others(by_case)
     groups: dict[tuple, dict[tuple, dict[str, dict]]] = defaultdict(dict)
     for key, case in by_case.items():
         op, *_, dtype, layout, direction = key
@@ -141,14 +172,20 @@ def summary(by_case: dict[tuple, dict[str, dict]]) -> str:
     for (op, dtype, layout, direction), group in sorted(groups.items(), key=lambda item: _rank(*item[0])):
         ours = [case[OURS] for case in group.values()]
         speed, fraction = (geometric_mean(r[k] for r in ours) for k in ("gb_per_s", "copy_fraction"))
+        host = geometric_mean(r["host_ms"] for r in ours)
+        warm = geometric_mean(r["ms"] / r["warm_ms"] for r in ours if r.get("warm_ms"))
         cells = [op, dtype, layout, direction, str(len(ours)), _number(speed, ".1f"), _number(fraction, ".2f")]
+        cells += [_number(warm, ".2f"), _number(host, ".3f")]
         for peer in peers:
             values = ratios(group, peer, lambda _: True)
             some = f" ({len(values)})" if 0 < len(values) < len(ours) else ""
             cells.append(_number(geometric_mean(values), ".2f") + some)
         rows.append(cells)
     return markdown_table(
-        [["op", "dtype", "layout", "pass", "shapes", "GB/s", "of copy", *(f"x {p}" for p in peers)], *rows]
+        [
+            ["op", "dtype", "layout", "pass", "shapes", "GB/s", "of copy", "warm", "host", *(f"x {p}" for p in peers)],
+            *rows,
+        ]
     )
 
 
@@ -158,7 +195,7 @@ def _rank(op: str, *rest: str) -> tuple:
 
 def detail(by_case: dict[tuple, dict[str, dict]]) -> str:
     """Return a line per case."""
-    peers = [p for p in PEERS if any(p in case for case in by_case.values())]
+    peers = others(by_case)
     rows = []
     for (op, model, place, _, dtype, layout, direction), case in by_case.items():
         ours = case[OURS]
@@ -171,6 +208,7 @@ def detail(by_case: dict[tuple, dict[str, dict]]) -> str:
             layout,
             direction,
             f"{ours['ms']:.4f} ({ours['ms_low']:.4f} to {ours['ms_high']:.4f})",
+            _number(ours.get("warm_ms"), ".4f"),
             str(ours["repetitions"]),
             f"{ours['host_ms']:.3f}",
             f"{ours['bytes'] / 1e6:.2f}",
@@ -181,12 +219,17 @@ def detail(by_case: dict[tuple, dict[str, dict]]) -> str:
         ]
         cells += [_peer(case.get(peer)) for peer in peers]
         rows.append(cells)
-    header = ["op", "layer", "shape", "dtype", "layout", "pass", "ms", "n", "host", "MB to move", "GB/s", "of copy"]
-    return markdown_table([[*header, "peak", "kept", *(f"{p}: ms, peak, kept" for p in peers)], *rows])
+    header = ["op", "layer", "shape", "dtype", "layout", "pass", "ms", "warm", "n", "host", "MB to move", "GB/s"]
+    header += ["of copy", "peak", "kept", *(f"{p}: ms, warm, host, peak, kept" for p in peers)]
+    return markdown_table([header, *rows])
 
 
 def _peer(row: dict | None) -> str:
-    return "-" if row is None else f"{row['ms']:.4f}, {row['peak_bytes'] / 1e6:.1f}, {row['kept_bytes'] / 1e6:.1f}"
+    if row is None:
+        return "-"
+    warm = _number(row.get("warm_ms"), ".4f")
+    memory = f"{row['peak_bytes'] / 1e6:.1f}, {row['kept_bytes'] / 1e6:.1f}"
+    return f"{row['ms']:.4f}, {warm}, {row['host_ms']:.3f}, {memory}"
 
 
 def traffic() -> str:

@@ -1,27 +1,38 @@
 """Runs the cases: each is checked, then timed, ours and all peers in turns; what fails is a row that says so."""
 
-import contextlib
 import itertools
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
-import torch.distributed as dist
 
+from normplug.bench.against import Other
 from normplug.bench.cases import OPS, Op, Problem, count_bytes, make_problem
-from normplug.bench.measure import Timing, compare, copy_bandwidth, memory, run, time_in_turns
+from normplug.bench.measure import (
+    Batch,
+    Timing,
+    batch_of,
+    brief,
+    compare,
+    copy_bandwidth,
+    lone_process_group,
+    memory,
+    run,
+    time_in_turns,
+)
 from normplug.bench.peers import Contender, peers_of
 from normplug.bench.shapes import Shape, select
 
-__all__ = ["DTYPES", "LAYOUTS", "OURS", "Row", "measure_all", "measure_case", "plan"]
+__all__ = ["AGAIN", "DTYPES", "LAYOUTS", "OURS", "PASSES", "Row", "Stopped", "measure_all", "measure_case", "plan"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("contiguous", "channels_last")
 PASSES = ("forward", "forward+backward")
 OURS = "normplug"
+AGAIN = "normplug again"  # the same code and tensors, timed a second time: what differs is noise
 
 
 @dataclass
@@ -44,6 +55,7 @@ class Row:
     ms_high: float | None = None  # 80th
     repetitions: int = 0
     host_ms: float | None = None
+    warm_ms: float | None = None  # with a warm L2 cache; the other times of a GPU are with a cold one
     gb_per_s: float | None = None
     copy_fraction: float | None = None
     peak_bytes: int | None = None  # beyond the inputs, in forward and backward
@@ -51,15 +63,37 @@ class Row:
 
 
 Case = tuple[Op, Shape, str, str]
+Save = Callable[[list[Row], dict[str, float]], None]
+
+
+class Stopped(BaseException):
+    """A signal has come: a sentence and its number. Not an Exception, which would be a case that failed."""
+
+
+@dataclass
+class Entry:
+    """A contender whose results were right: what it keeps, and how to repeat each pass."""
+
+    memory: Callable[[], tuple[int, int]]
+    batches: dict[str, Batch]
 
 
 def plan(ops: Sequence[str], shapes: str, dtypes: Sequence[str], layouts: Sequence[str]) -> list[Case]:
-    """Return the cases, ordered so that a run cut short has something of everything: by shape, dtype, op, layout."""
-    chosen = [(i, op, shape) for op in ops for i, shape in enumerate(select(shapes, OPS[op].role))]
-    ranked = [
-        ((i, dtypes.index(dtype), list(OPS).index(op), layouts.index(layout)), (OPS[op], shape, dtype, layout))
-        for (i, op, shape), dtype, layout in itertools.product(chosen, dtypes, layouts)
-    ]
+    """Return the cases, ordered so that a run cut short has something of everything.
+
+    The smallest and the largest map of each op come first, in each dtype, and with them one layout each, by turns; then
+    the same in the other layout; then the maps between.
+    """
+    ranked = []
+    for op in ops:
+        chosen = sorted(select(shapes, OPS[op].role), key=lambda shape: sum(map(prod, shape.dims)))
+        chosen = [*chosen[:1], *chosen[:0:-1]]  # the smallest, the largest, and down
+        for (i, shape), (d, dtype), turn in itertools.product(
+            enumerate(chosen), enumerate(dtypes), range(len(layouts))
+        ):
+            layout = layouts[(i + d + turn) % len(layouts)]
+            rank = (i // 2, turn, d, i % 2, list(OPS).index(op))
+            ranked.append((rank, (OPS[op], shape, dtype, layout)))
     return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
 
 
@@ -69,7 +103,8 @@ def measure_all(
     peers: Sequence[str],
     seconds: float,
     each: float,
-    save: Callable[[list[Row], dict[str, float]], None] = lambda *_: None,
+    save: Save = lambda *_: None,
+    other: Other | None = None,
 ) -> tuple[list[Row], dict[str, float]]:
     """Run cases until the time is up; return rows, and the copy bandwidth before and after.
 
@@ -79,42 +114,63 @@ def measure_all(
         peers: Names of the peers to run.
         seconds: Budget; a case that has begun is finished, and what does not fit is 'not run'.
         each: Seconds of repetitions per contender and pass.
-        save: Called with what there is after each case, in case there is no end.
+        save: Called with what there is whenever a row has come, in case there is no end.
+        other: Another version of ours, to be measured too.
+
+    Raises:
+        Stopped: After the rows that were not measured have been saved as 'not run'.
     """
     end = time.monotonic() + seconds
-    copy = copy_bandwidth(device)
-    bandwidth = {"copy_gb_per_s": copy}
-    print(f"copy bandwidth: {copy:.1f} GB/s", file=sys.stderr)
     rows: list[Row] = []
-    with lone_process_group(device, any(op.name.startswith("sync") for op, *_ in todo)):
-        for i, case in enumerate(todo, 1):
-            if time.monotonic() > end:
-                rows += [row for late in todo[i - 1 :] for row in _rows(late, OURS, "not run", "the time was up")]
-                break
-            op, shape, dtype, layout = case
-            print(f"[{i}/{len(todo)}] {op.name}, {shape}, {dtype}, {layout}", file=sys.stderr, flush=True)
-            rows += measure_case(case, device, peers, each, copy)
-            save(rows, bandwidth)
-    bandwidth["copy_gb_per_s_at_the_end"] = copy_bandwidth(device)
+    bandwidth: dict[str, float] = {}
+    done = begun = 0  # cases that are done, rows before the one at work
+
+    def leave(why: str) -> None:
+        """Say of each pass that ours has no row of that it was not run."""
+        passes = [row.direction for row in rows[begun:] if row.who == OURS]
+        late = [row for case in todo[done:] for row in _rows(case, OURS, "not run", why)]
+        rows.extend(late[len(passes) :])
+        save(rows, bandwidth)
+
+    try:
+        copy = bandwidth["copy_gb_per_s"] = copy_bandwidth(device)
+        print(f"copy bandwidth: {copy:.1f} GB/s", file=sys.stderr)
+        with lone_process_group(device, any(op.name.startswith("sync") for op, *_ in todo)):
+            for case in todo:
+                if time.monotonic() > end:
+                    leave("the time was up")
+                    break
+                op, shape, dtype, layout = case
+                print(f"[{done + 1}/{len(todo)}] {op.name}, {shape}, {dtype}, {layout}", file=sys.stderr, flush=True)
+                for measured in measure_case(case, device, peers, each, copy, other):
+                    rows += measured
+                    save(rows, bandwidth)
+                done, begun = done + 1, len(rows)
+        bandwidth["copy_gb_per_s_at_the_end"] = copy_bandwidth(device)
+    except Stopped as stopped:
+        leave(stopped.args[0])
+        raise
     save(rows, bandwidth)
     return rows, bandwidth
 
 
-def measure_case(case: Case, device: torch.device, peers: Sequence[str], each: float, copy: float) -> list[Row]:
-    """Check and time ours and the peers on one case."""
+def measure_case(
+    case: Case, device: torch.device, peers: Sequence[str], each: float, copy: float, other: Other | None = None
+) -> Iterator[list[Row]]:
+    """Check and time ours and the peers on one case; give rows as they come."""
     op, shape, dtype, layout = case
     if any("compile" in peer for peer in peers):
         torch._dynamo.reset()  # else the ninth shape of a function is no longer compiled
     try:
         problem = make_problem(op, shape, DTYPES[dtype], layout == "channels_last", device)
     except Exception as error:  # one case, out of memory say, must not hide the others
-        return _rows(case, OURS, "failed", _brief(error))
+        yield _rows(case, OURS, "failed", brief(error))
+        return
     makers: dict[str, Callable[[], Contender]] = {
         OURS: lambda: Contender(OURS, lambda: op.ours(**problem.tensors), problem.tensors)
     }
     makers |= peers_of(problem, peers)
-    rows: list[Row] = []
-    ready: dict[str, Contender] = {}
+    ready: dict[str, Entry] = {}
     for name, make in makers.items():
         status, message = "wrong", ""
         try:
@@ -122,38 +178,58 @@ def measure_case(case: Case, device: torch.device, peers: Sequence[str], each: f
             message = compare(problem, contender, ours=name == OURS)
         except Exception as error:
             missing = name != OURS or isinstance(error, ImportError)
-            status, message = "unavailable" if missing else "failed", _brief(error)
+            status, message = "unavailable" if missing else "failed", brief(error)
         if message:
-            rows += _rows(case, name, status, message)
+            yield _rows(case, name, status, message)
             if name == OURS:
                 break
         else:
-            ready[name] = contender
+            ready[name] = _entry(contender, problem, device)
     problem.reference.clear()
+    if OURS in ready:
+        ready[AGAIN] = ready[OURS]
+        if other is not None:
+            status, message = "wrong", ""
+            try:
+                message = other.ask("prepare", op.name, shape, DTYPES[dtype], layout == "channels_last")
+            except Exception as error:
+                status, message = "failed", brief(error)
+            if message:
+                yield _rows(case, other.name, status, message)
+            else:
+                batches = {direction: other.batch(direction) for direction in PASSES}
+                ready[other.name] = Entry(lambda: other.ask("memory"), batches)
+    yield from _timed(case, ready, device, each, copy)
+
+
+def _entry(contender: Contender, problem: Problem, device: torch.device) -> Entry:
+    calls = (contender.call, lambda: run(contender, problem.dys))
+    batches = {direction: batch_of(call, device) for direction, call in zip(PASSES, calls, strict=True)}
+    return Entry(lambda: memory(contender, problem.dys, device), batches)
+
+
+def _timed(case: Case, ready: dict[str, Entry], device: torch.device, each: float, copy: float) -> Iterator[list[Row]]:
+    left = {name: dict(zip(PASSES, _rows(case, name), strict=True)) for name in ready}
     try:
-        return rows + _timed(case, problem, ready, device, each, copy)
+        used = {name: entry.memory() for name, entry in ready.items()}
+        for direction in PASSES:
+            timings = time_in_turns({name: e.batches[direction] for name, e in ready.items()}, device, each)
+            for name, timing in timings.items():
+                _fill(left[name][direction], timing, copy)
+                left[name][direction].peak_bytes, left[name][direction].kept_bytes = used[name]
+            yield [rows.pop(direction) for rows in left.values()]
     except Exception as error:
-        return rows + [row for name in ready for row in _rows(case, name, "failed", _brief(error))]
-
-
-def _timed(
-    case: Case, problem: Problem, ready: dict[str, Contender], device: torch.device, each: float, copy: float
-) -> list[Row]:
-    used = {name: memory(contender, problem.dys, device) for name, contender in ready.items()}
-    forward = time_in_turns({name: c.call for name, c in ready.items()}, device, each)
-    both = time_in_turns({name: lambda c=c: run(c, problem.dys) for name, c in ready.items()}, device, each)
-    rows = []
-    for name in ready:
-        for row, timing in zip(_rows(case, name), (forward[name], both[name]), strict=True):
-            _fill(row, timing, copy)
-            row.peak_bytes, row.kept_bytes = used[name]
-            rows.append(row)
-    return rows
+        yield [
+            row
+            for name, rows in left.items()
+            for row in _rows(case, name, "failed", brief(error))
+            if row.direction in rows
+        ]
 
 
 def _fill(row: Row, timing: Timing, copy: float) -> None:
     row.ms, row.ms_low, row.ms_high = timing.median, timing.low, timing.high
-    row.repetitions, row.host_ms = timing.repetitions, timing.host
+    row.repetitions, row.host_ms, row.warm_ms = timing.repetitions, timing.host, timing.warm
     row.gb_per_s = row.bytes / timing.median / 1e6
     row.copy_fraction = row.gb_per_s / copy
 
@@ -177,25 +253,3 @@ def _rows(case: Case, who: str, status: str = "ok", message: str = "") -> list[R
         )
         for direction in PASSES
     ]
-
-
-def _brief(error: Exception) -> str:
-    text = re.sub(r" \(/\S*\)", "", " ".join(str(error).split()))  # where a module lies is nobody's business
-    return f"{type(error).__name__}: {text[:200]}"
-
-
-@contextlib.contextmanager
-def lone_process_group(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Have a process group of this process alone, if wanted and there is none: SyncBN's collectives need one."""
-    wanted = wanted and dist.is_available() and not dist.is_initialized()
-    if wanted:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        except Exception as error:  # then the cases that need it say so
-            print(f"no process group: {_brief(error)}", file=sys.stderr)
-    try:
-        yield
-    finally:
-        if wanted and dist.is_initialized():
-            dist.destroy_process_group()
