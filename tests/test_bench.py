@@ -1,9 +1,6 @@
 """The benchmark: what it counts, what it refuses to time, and what it makes of its rows. No number of it is tested."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -392,62 +389,3 @@ def test_cpu_goals_run(monkeypatch, tmp_path, capsys):
         assert c["what"] in text
     assert main(["bench", "--table", str(out)]) == 0
     assert unpadded(capsys.readouterr().out) == text
-
-
-# --- the check on a GPU machine
-
-CHECK = ROOT / "tools" / "gpu_check.sh"
-
-
-@pytest.mark.slow
-def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHON=sys.executable)
-    done = subprocess.run([CHECK, tmp_path / "out"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "sees no GPU here" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-FAKE = """#!/usr/bin/env bash
-# An interpreter on a machine with a GPU, for gpu_check.sh: the parts are told by their arguments.
-
-out=$(sed -n 's/.*--out \\([^ ]*\\).*/\\1/p' <<<"$*")
-case "$*" in
-    -) exit 0 ;;
-    "- "*) exec {python} "$@" ;;
-    *get_device_name*) echo some-gpu ;;
-    "-m normplug env") echo "torch: 9.9" ;;
-    "-c import xdist") exit 1 ;;
-    *pytest*) echo "tests/test_layers.py {outcome}"; exit {code} ;;
-    *"normplug bench"*) cp {rows} "$out"; [ {code} = 0 ] && echo "table of ops" ;;
-    *benchmark_train*) exit {code} ;;
-    *) exit 99 ;;
-esac
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("code", "outcome"), [(0, "passed"), (1, "failed")])
-def test_gpu_check_writes_what_was_measured(code, outcome, tmp_path):
-    """With a stand-in for the interpreter: what it does with the parts, and with parts that fail."""
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(made_up_result([made_up("group_norm", OURS, 0.1)])))
-    fake = tmp_path / "python"
-    fake.write_text(FAKE.format(python=sys.executable, outcome=outcome, code=code, rows=rows))
-    fake.chmod(0o755)
-    done = subprocess.run(
-        [CHECK, "out", "abc123"], env=dict(os.environ, PYTHON=str(fake)), cwd=tmp_path, text=True, capture_output=True
-    )
-    assert done.returncode == code, done.stderr
-    (table,) = tmp_path.glob("out/some-gpu/*.md")
-    (data,) = tmp_path.glob("out/some-gpu/*.json")
-    assert done.stdout.split() == [str(table), str(data)]
-    text, found = table.read_text(), json.loads(data.read_text())
-    assert ("table of ops" in text) == (code == 0)
-    assert ("| group_norm | bfloat16 | contiguous |" in text) == (code == 1)  # made from the rows
-    assert "train: nothing was measured" in text
-    assert f"test_layers.py {outcome}" in text
-    assert found["ops"]["rows"][0]["ms"] == 0.1
-    assert bool(found["failed"]) == (code == 1)
-    if code:
-        assert "tests (exit code 1)" in text.splitlines()[0]
