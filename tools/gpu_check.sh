@@ -88,10 +88,11 @@ clocks() { # a slow number of a hot or throttled GPU is known for what it is
 
 limited() { # SECONDS COMMAND...: run it, stop it by INT when its time is up. 124: the time was up
     local code
-    # timeout leads a process group of its own: what it is sent reaches xdist's workers and the process of a variant.
-    # In the background of a script INT would be ignored, by whatever is started, unless jobs are controlled.
+    # Without --foreground the program gets INT twice, by itself and with its group, and the second interrupts what it
+    # prints at the first. In the background of a script INT is ignored, by whatever is started, unless jobs are
+    # controlled; each is a process group of its own then.
     set -m
-    timeout -s INT -k 15 "$@" &
+    timeout --foreground -s INT -k 15 "$@" &
     child=$!
     set +m
     while :; do # a signal ends wait, not the part
@@ -99,6 +100,7 @@ limited() { # SECONDS COMMAND...: run it, stop it by INT when its time is up. 12
         code=$?
         kill -0 "$child" 2>/dev/null || break
     done
+    kill -KILL -- "-$child" 2>/dev/null # workers, or a variant's process, whose parent did not end by itself
     child=""
     return $code
 }
