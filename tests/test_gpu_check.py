@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh, with a stand-in for the interpreter of a GPU machine: what it does with parts that end well,
+"""tools/gpu_check.sh and its helpers, with a stand-in for the interpreter of a GPU machine: what it does with parts that end well,
 that fail, that take too long, and what is kept when it is stopped. No number is tested.
 """
 
@@ -214,16 +214,20 @@ def test_rows_of_the_benchmark_are_kept(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("tool", "arguments", "words"),
     [
-        (["smok"], "'smok' is no stage and no option; stages are smoke, ops, train and tests"),
-        (["--seconds", "0"], "--seconds must be a whole number of 1 or more, got '0'"),
-        (["--seconds", "1.5"], "got '1.5'"),
-        (["smoke", "--out"], "--out needs a value"),
+        ("gpu_check.sh", ["smok"], "'smok' is no stage and no option; stages are smoke, ops, train and tests"),
+        ("gpu_check.sh", ["--seconds", "0"], "--seconds must be a whole number of 1 or more, got '0'"),
+        ("gpu_check.sh", ["--seconds", "1.5"], "got '1.5'"),
+        ("gpu_check.sh", ["smoke", "--out"], "--out needs a value"),
+        ("gpu_wheels.sh", [], "the folder for the wheels was expected, got nothing"),
+        ("gpu_wheels.sh", ["--help-me"], "got --help-me"),
+        ("target_env.sh", [], "the folder of the environment was expected, got nothing"),
+        ("target_env.sh", ["-q"], "got -q"),
     ],
 )
-def test_wrong_arguments(arguments, words, tmp_path):
-    done = subprocess.run([CHECK, *arguments], cwd=tmp_path, text=True, capture_output=True)
+def test_wrong_arguments(tool, arguments, words, tmp_path):
+    done = subprocess.run([CHECK.with_name(tool), *arguments], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
