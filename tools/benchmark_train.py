@@ -111,8 +111,8 @@ class Result:
 
 
 def plan(args: argparse.Namespace) -> list[Variant]:
-    """Return the variants, the goals' first, both models in turns."""
-    formats = [(p, x) for x in LAYOUTS for p in PRECISIONS if p in args.precisions and x in args.layouts]
+    """Return the variants: layouts and precisions as they were given, the goals' norms first, both models in turns."""
+    formats = [(p, x) for x in args.layouts for p in args.precisions]
     variants = []
     for precision, layout in formats:
         for norm, model in itertools.product(ALL_NORMS, (RCNN, I3D)):
