@@ -551,6 +551,12 @@ def test_peers_add_and_rectify_in_place_where_autograd_allows_it(norm, in_place)
 # --- another version
 
 
+@pytest.mark.parametrize("mode", ["--host", "--compilations", "--cpu-goals", "--table=rows.json"])
+def test_another_version_goes_with_the_ops(mode, capsys):
+    assert main(["bench", mode, "--against", "main"]) == 2
+    assert f"--against main goes with the ops: leave out {mode.split('=')[0]}" in capsys.readouterr().err
+
+
 def git(folder, *args):
     subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True)
 
@@ -584,10 +590,10 @@ def test_another_version_is_measured_in_turns(repository, tmp_path, monkeypatch,
     monkeypatch.setattr(bench, "unpacked", functools.partial(against.unpacked, root=repository))
     out = tmp_path / "rows.json"
     assert main(["bench", "--device", "cpu", *TINY_RUN, "--against", "good", "--out", str(out)]) == 0
-    rows = [r for r in json.loads(out.read_text())["rows"] if r["who"] == "normplug good"]
+    rows = [r for r in json.loads(out.read_text())["rows"] if r["who"] == "normplug@good"]
     assert [(r["status"], r["direction"]) for r in rows] == [("ok", p) for p in runner.PASSES] * 4
     assert all(r["ms"] > 0 and r["peak_bytes"] > 0 for r in rows)
-    assert "| x normplug again | x normplug good | x torch eager |" in unpadded(capfd.readouterr().out)
+    assert "| x normplug again | x normplug@good | x torch eager |" in unpadded(capfd.readouterr().out)
 
 
 @pytest.mark.slow
@@ -603,7 +609,7 @@ def test_the_other_version_runs_its_own_code_and_may_die(repository):
         assert {r.status for r in given if r.who != other.name} == {"ok"}
         dead = [r for r in given if r.who == other.name]
         assert {(r.status, r.message) for r in dead} == {
-            ("failed", "RuntimeError: the process of normplug slip has ended")
+            ("failed", "RuntimeError: the process of normplug@slip has ended")
         }
     assert not folder.exists()
 

@@ -77,7 +77,7 @@ class Other:
     """
 
     def __init__(self, ref: str, folder: Path, device: torch.device) -> None:
-        self.name = f"normplug {ref}"
+        self.name = f"normplug@{ref}"
         self.folder, self.device = folder, device
 
     def __enter__(self) -> "Other":
