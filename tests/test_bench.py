@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -338,6 +339,18 @@ def test_a_stopped_run_reports_what_was_measured(number, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_second_signal_ends_as_ever():
+    before = signal.getsignal(signal.SIGINT)
+    with bench._stoppable():
+        assert signal.getsignal(signal.SIGINT) is not before
+        with pytest.raises(runner.Stopped):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+    with bench._stoppable():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_run_stopped_before_its_first_case_has_a_report(monkeypatch, capsys):
     monkeypatch.setattr(runner, "copy_bandwidth", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     code, text = run(TINY_RUN, capsys)
@@ -376,13 +389,15 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: Event.log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda _: None)
     monkeypatch.setattr(measure, "_more_than_l2", lambda _: Buffer())
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: len(Event.log)))
 
 
 def test_the_cache_is_flushed_outside_of_the_time(fake_gpu):
     batch = measure.batch_of(lambda: Event.log.append("call"), torch.device("cuda", 0))
     times, hosts = batch(2, 0.1, True)
     assert Event.log == ["wait", *["flush", "event", "call", "event"] * 2, "wait"]
-    assert len(times) == len(hosts) == 2
+    assert len(times) == 2
+    assert hosts == [1000, 1000]  # of the call alone
     Event.log.clear()
     batch(2, 0.1, False)
     assert Event.log == ["wait", "call", *["event", "call", "event"] * 2, "wait"]
@@ -424,9 +439,7 @@ def test_clocks_come_from_nvidia_smi(tmp_path, monkeypatch):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     uuid = "abc"
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"uuid": uuid, "name": "GPU"})
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
     gpu = torch.device("cuda", 0)
     found = conditions(gpu)
     assert (found["SM clock, MHz"], found["temperature, °C"]) == ("1980", "41")
@@ -480,7 +493,7 @@ def test_on_a_gpu_every_free_block_is_filled(monkeypatch):
     ]
     made, empty = [], torch.empty
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("Stream", (), {"cuda_stream": 7}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: made.append(empty(*args, **kwargs)) or made[-1])
     measure._fill_free_blocks(CPU)
     assert [len(t) for t in made] == [512, 1 << 20, 1 << 20, 1 << 19, 4 << 20]
@@ -538,6 +551,12 @@ def test_peers_add_and_rectify_in_place_where_autograd_allows_it(norm, in_place)
 # --- another version
 
 
+@pytest.mark.parametrize("mode", ["--host", "--compilations", "--cpu-goals", "--table=rows.json"])
+def test_another_version_goes_with_the_ops(mode, capsys):
+    assert main(["bench", mode, "--against", "main"]) == 2
+    assert f"--against main goes with the ops: leave out {mode.split('=')[0]}" in capsys.readouterr().err
+
+
 def git(folder, *args):
     subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True)
 
@@ -571,10 +590,10 @@ def test_another_version_is_measured_in_turns(repository, tmp_path, monkeypatch,
     monkeypatch.setattr(bench, "unpacked", functools.partial(against.unpacked, root=repository))
     out = tmp_path / "rows.json"
     assert main(["bench", "--device", "cpu", *TINY_RUN, "--against", "good", "--out", str(out)]) == 0
-    rows = [r for r in json.loads(out.read_text())["rows"] if r["who"] == "normplug good"]
+    rows = [r for r in json.loads(out.read_text())["rows"] if r["who"] == "normplug@good"]
     assert [(r["status"], r["direction"]) for r in rows] == [("ok", p) for p in runner.PASSES] * 4
     assert all(r["ms"] > 0 and r["peak_bytes"] > 0 for r in rows)
-    assert "| x normplug again | x normplug good | x torch eager |" in unpadded(capfd.readouterr().out)
+    assert "| x normplug again | x normplug@good | x torch eager |" in unpadded(capfd.readouterr().out)
 
 
 @pytest.mark.slow
@@ -590,7 +609,7 @@ def test_the_other_version_runs_its_own_code_and_may_die(repository):
         assert {r.status for r in given if r.who != other.name} == {"ok"}
         dead = [r for r in given if r.who == other.name]
         assert {(r.status, r.message) for r in dead} == {
-            ("failed", "RuntimeError: the process of normplug slip has ended")
+            ("failed", "RuntimeError: the process of normplug@slip has ended")
         }
     assert not folder.exists()
 
@@ -645,7 +664,9 @@ def test_table_has_geometric_means_and_goals():
     ]
     text = unpadded(report.markdown(made_up_result(rows)))
     # sqrt(2 * 8) = 4; 80 GB/s of 100
-    line = "| group_norm_relu | bfloat16 | contiguous | forward+backward | 2 | 80.0 | 0.80 | 4.00 | 1.00 (1) |"
+    line = (
+        "| group_norm_relu | bfloat16 | contiguous | forward+backward | 2 | 80.0 | 0.80 | - | 0.100 | 4.00 | 1.00 (1) |"
+    )
     assert line in text
     assert "| group_norm_relu, group_norm_add_relu | bfloat16 | torch eager | 3 | 4.00 | 2 | reached |" in text
     assert (

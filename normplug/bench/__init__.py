@@ -84,6 +84,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what the command line asks for."""
+    modes = [name for name in ("table", "host", "compilations", "cpu_goals") if getattr(args, name)]
+    if args.against is not None and modes:
+        option = modes[0].replace("_", "-")
+        print(f"--against {args.against} goes with the ops: leave out --{option}", file=sys.stderr)
+        return 2
     if args.table:
         result = json.loads(args.table.read_text())
         print(TABLES[result["kind"]](result))

@@ -8,7 +8,6 @@ the times.
 import contextlib
 import functools
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -43,7 +42,7 @@ def unpacked(ref: str, root: Path = HERE.parent.parent) -> Iterator[Path]:
     """
     if _git(root, "rev-parse", "--git-dir") is None:
         raise ValueError(f"--against {ref} takes a git checkout of normplug, and {root} is none: clone the repository")
-    commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
     if commit is None:
         raise ValueError(f"--against {ref}: no commit, branch or tag of {root} has that name; `git log` shows some")
     packed = _git(root, "archive", commit.decode().strip(), "normplug")
@@ -78,15 +77,14 @@ class Other:
     """
 
     def __init__(self, ref: str, folder: Path, device: torch.device) -> None:
-        self.name = f"normplug {ref}"
+        self.name = f"normplug@{ref}"
         self.folder, self.device = folder, device
 
     def __enter__(self) -> "Other":
         self.connection, theirs = Pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "normplug.bench.against", str(theirs.fileno()), str(self.device)],
-            cwd=self.folder,
-            env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])),
+            cwd=self.folder,  # the first place that it imports from
             pass_fds=[theirs.fileno()],
             stdout=sys.stderr.fileno() if sys.stderr is sys.__stderr__ else subprocess.DEVNULL,
         )
