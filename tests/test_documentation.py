@@ -157,6 +157,11 @@ def parses(text: str) -> None:
     import_module(Path(words[1]).stem).parse_args(words[2:])
 
 
+def tool_exists(text: str) -> None:
+    name = split(text)[1][0]
+    assert (ROOT / name).is_file(), f"there is no {name}"
+
+
 def has_bench_flags(text: str) -> None:
     p = argparse.ArgumentParser(exit_on_error=False)
     bench.add_arguments(p)
@@ -232,6 +237,8 @@ NOT_RUN = [
     NotRun(r"--more-a", "needs trainings of several seeds; tests/test_compare_seeds.py has them", parses),
     NotRun(r"kernel_facts\.py", "an hour of compiling; tests/test_kernels.py does a part", configs_exist),
     NotRun(r"benchmark_train\.py", "needs a GPU; tests/test_benchmark_train.py has a tiny one", parses),
+    NotRun(r"gpu_wheels\.sh", "fetches packages", tool_exists),
+    NotRun(r"target_env\.sh", "makes an environment of 6 GB and runs these tests", tool_exists),
     NotRun(r"normplug bench", "needs a GPU, or minutes; tests/test_bench.py has a tiny one", has_bench_flags),
 ]
 

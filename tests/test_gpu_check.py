@@ -1,7 +1,6 @@
-"""tools/gpu_check.sh and its helpers, with a stand-in for the interpreter of a GPU machine.
+"""tools/gpu_check.sh, with a stand-in for the interpreter of a GPU machine, and the tools around it.
 
-What it does with parts that end well, that fail, that take too long, and what is kept when it is stopped. No number is
-tested.
+What it does with parts that end well, that fail, that take too long, and what is kept when it is stopped.
 """
 
 import json

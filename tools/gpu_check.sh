@@ -135,7 +135,7 @@ part() { # NAME FILE SHARE COMMAND...: a part that may take SHARE % of the stage
         outcome="exit code $code"
     fi
     [ "$outcome" = well ] || failed+=("$name ($outcome)")
-    parts+=("| $name | $((SECONDS - began)) s | $outcome | ${before:--}; ${before:+$(clocks)} |")
+    parts+=("| $name | $((SECONDS - began)) s | $outcome | ${before:-unknown}${before:+; $(clocks)} |")
     [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
     running=""
     report # at once: the table of what was cut short takes seconds to make

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 if [ ! -e "$env/complete" ]; then
     python=$(command -v python3.12 || command -v python3)
     "$python" -m venv "$env"
-    # Triton 3.6's interpreter makes scalars of arrays as numpy 2.4 does no longer allow.
+    # Triton 3.6's interpreter makes Python scalars of arrays of one value, which numpy 2.4 refuses.
     printf '%s\n' torch==2.11.0 torchvision==0.26.0 triton==3.6.0 'numpy<2.4' >"$env/constraints.txt"
     "$env/bin/python" -m pip install --quiet -c "$env/constraints.txt" -e ".[openmmlab,dev]" pytest-xdist liger-kernel >&2
     touch "$env/complete"
