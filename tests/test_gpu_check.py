@@ -209,7 +209,9 @@ def test_rows_of_the_benchmark_are_kept(start, tmp_path):
     assert process.returncode == 130
     folder, text = kept(tmp_path)
     rows = json.loads((folder / "ops-bf16.json").read_text())["rows"]
-    assert {row["status"] for row in rows} <= {"ok", "unavailable"}
+    statuses = {row["status"] for row in rows}
+    assert "ok" in statuses
+    assert statuses <= {"ok", "unavailable", "not run"}  # the last are those that were still to come
     assert {row["dtype"] for row in rows} == {"bfloat16"}
     assert "| group_norm_relu | bfloat16 | contiguous |" in text
 
