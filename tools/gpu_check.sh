@@ -9,7 +9,7 @@
 #   tests   the other tests that know of a GPU, those of ops and layers first
 #
 # No stage: all four, in this order. --out: benchmarks/ of this tree unless given; --commit names a copy without .git;
-# --seconds: of each stage (190). PYTHON chooses the interpreter.
+# --seconds: of each stage (180). PYTHON chooses the interpreter.
 #
 # Everything lies in DIR/<gpu>/<date>/ from the moment it is known: rows in *.json, tests in *.txt, the programs'
 # progress in log.txt, and report.md, which is written anew after each part. INT and TERM stop the part that runs, and
@@ -24,7 +24,7 @@ wrong() {
     exit 2
 }
 
-out=$root/benchmarks seconds=190 commit=() stages=()
+out=$root/benchmarks seconds=180 commit=() stages=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//p}' "$0" && exit 0 ;;
