@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from normplug.bench.cases import OPS
 from normplug.bench.facts import describe
 from normplug.bench.peers import PEERS
@@ -25,17 +27,21 @@ class Goal:
     peer: str  # or "copy bandwidth"
     factor: float
     host: bool = False  # count what Python needs where that is longer: hundreds of launches are not hidden
+    maps: str = "all"  # or those "above L2" or "below L2": what is in the cache is read faster than memory copies it
 
 
 FUSED = ("group_norm_relu", "group_norm_add_relu")
 BOTH = ("bfloat16", "float32")
-# What we aim at on an NVIDIA H200, forward and backward. The peers' rows of the same run are what counts.
+# Of an H100; an H200 has 60 MB.
+L2_BYTES = 50e6
+# What we aim at on an NVIDIA H100, forward and backward. The peers' rows of the same run are what counts.
 GOALS = [
-    Goal(FUSED, BOTH, "torch eager", 3.0),
-    Goal(FUSED, BOTH, "torch.compile", 1.5),
+    Goal(FUSED, BOTH, "torch eager", 2.0),
+    Goal(FUSED, BOTH, "torch.compile", 1.3),
     Goal(FUSED, BOTH, "apex", 1.1),
     Goal(FUSED, BOTH, "liger", 1.1),
-    Goal(FUSED, BOTH, "copy bandwidth", 0.85),
+    Goal(FUSED, BOTH, "copy bandwidth", 0.8, maps="above L2"),
+    Goal(FUSED, BOTH, "copy bandwidth", 0.6, maps="below L2"),
     Goal(("evonorm_s0",), BOTH, "timm", 6.0),
     Goal(("evonorm_s0",), BOTH, "timm compiled", 1.5),
     Goal(("weight_standardize_many",), ("float32",), "mmcv", 10.0, host=True),
@@ -150,15 +156,25 @@ def goals(by_case: dict[tuple, dict[str, dict]]) -> str:
                 by_case,
                 goal.peer,
                 lambda r, goal=goal, dtype=dtype: (
-                    r["op"] in goal.ops and r["dtype"] == dtype and r["direction"] == STEP
+                    r["op"] in goal.ops
+                    and r["dtype"] == dtype
+                    and r["direction"] == STEP
+                    and goal.maps in ("all", size_of_map(r))
                 ),
                 goal.host,
             )
             mean = geometric_mean(values)
             got = "not measured" if mean is None else f"{mean:.2f}"
             reached = "-" if mean is None else "reached" if mean >= goal.factor else "not reached"
-            rows.append([", ".join(goal.ops), dtype, goal.peer, f"{goal.factor:g}", got, str(len(values)), reached])
+            against = goal.peer if goal.maps == "all" else f"{goal.peer}, maps {goal.maps}"
+            rows.append([", ".join(goal.ops), dtype, against, f"{goal.factor:g}", got, str(len(values)), reached])
     return markdown_table([["op", "dtype", "against", "goal", "measured", "cases", ""], *rows])
+
+
+def size_of_map(row: dict) -> str:
+    """Tell whether the input of a case is larger than the L2 cache."""
+    values = sum(math.prod(dims) for dims in row["shape"])
+    return "above L2" if values * getattr(torch, row["dtype"]).itemsize > L2_BYTES else "below L2"
 
 
 def summary(by_case: dict[tuple, dict[str, dict]]) -> str:
