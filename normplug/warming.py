@@ -8,14 +8,17 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from normplug.layers import CrossIterationBatchNorm
+from normplug.layers import CrossIterationBatchNorm, SyncBatchNorm
 from normplug.ops import _registration
+from normplug.ops._common import for_backward
+from normplug.ops.batch_norm import batch_norm_dx, batch_norm_reduce, batch_norm_stats, batch_normalize
 
 __all__ = ["Start", "calls_of", "compile_all", "starts_of", "warm_up"]
 
@@ -34,6 +37,8 @@ TAKES_RESIDUAL = {
     "evonorm_b0": False,
     "filter_response_norm": False,
 }
+# Layers whose op is done in parts: their statistics are those of several ranks or iterations.
+BY_PARTS = (SyncBatchNorm, CrossIterationBatchNorm)
 
 
 class Start(NamedTuple):
@@ -91,15 +96,18 @@ def calls_of(model: nn.Module, batch_size: int, dtype: torch.dtype) -> Iterator[
     form = last if any(_is_channels_last(m.weight) for m in convolutions) else torch.contiguous_format
     kinds: dict[str, nn.Module] = {}
     for module in model.modules():
-        if getattr(module, "op", None) in TAKES_RESIDUAL and not isinstance(module, CrossIterationBatchNorm):
+        if getattr(module, "op", None) in TAKES_RESIDUAL:
             kinds.setdefault(repr(module), module)
     for norm in kinds.values():
-        layer = copy.deepcopy(norm).to("meta").train()
+        if isinstance(norm, BY_PARTS):
+            step = partial(_parts_of_batch_norm, norm.weight is not None, norm.bias is not None)
+        else:
+            step = partial(_step, copy.deepcopy(norm).to("meta").train())
         channels = getattr(norm, "num_channels", None) or norm.num_features
         for size in SIZES_OF_MAPS:
             shape = (batch_size, channels, 8, *size) if is_video else (batch_size, channels, *size)
             for residuals in (0, 1) if TAKES_RESIDUAL[norm.op] else (0,):
-                yield lambda layer=layer, shape=shape, residuals=residuals: _step(layer, shape, dtype, form, residuals)
+                yield partial(step, shape, dtype, form, residuals)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:
@@ -115,6 +123,22 @@ def _step(
     ]
     y = layer(*given)
     y.backward(torch.empty_like(y))
+
+
+def _parts_of_batch_norm(
+    has_weight: bool, has_bias: bool, shape: tuple[int, ...], dtype: torch.dtype, form: torch.memory_format,
+    residuals: int,
+) -> None:  # fmt: skip
+    """Start what a layer does between which ranks, or iterations, meet: it would wait for the others if it was run."""
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=form)
+    residual = x if residuals else None
+    with torch.no_grad():
+        mean, m2 = batch_norm_stats(x)
+        given = mean, m2, mean if has_weight else None, mean if has_bias else None
+        y = batch_normalize(x, *given, "relu", residual)
+        behind = for_backward("relu", residual, y)
+        sums = batch_norm_reduce(y, x, *given, *behind)
+        batch_norm_dx(y, x, *given, *behind, *sums)
 
 
 def warm_up(

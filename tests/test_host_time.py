@@ -1,6 +1,7 @@
 """What a GPU's user pays on the host, shown without a GPU: launches, allocations, compilations, the warm-up."""
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normplug import layers, warming
 from normplug.bench import compilations, host
 from normplug.ops._registration import has_triton
 
@@ -144,6 +146,43 @@ if __name__ == "__main__":
     assert started > 8
     assert kept >= number
     assert new == []
+
+
+def test_the_warm_up_knows_every_layer_that_starts_kernels():
+    """Those that are looked for and found, whatever their settings; a rank that is alone with it does not wait."""
+    for layer in (getattr(layers, name) for name in layers.__all__):
+        if not (isinstance(layer, type) and getattr(layer, "op", "weight_standardize") != "weight_standardize"):
+            continue
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), layer(32))
+        starts = warming.starts_of(itertools.islice(warming.calls_of(net, 2, torch.bfloat16), 4))
+        assert starts or layer is layers.FrozenBatchNorm, layer  # torch's own, without activation and residual
+        assert all(start.kernel.startswith("normplug.kernels.") for start in starts)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_hook_compiles_ahead_of_training_on_a_gpu(cuda, monkeypatch):
+    pytest.importorskip("mmengine")
+    from mmengine.registry import HOOKS
+
+    module = importlib.import_module("normplug.openmmlab.compile_kernels")
+    called = []
+    monkeypatch.setattr(module, "warm_up", lambda *args: called.append(args) or 7)
+
+    class Net(torch.nn.Module):
+        def parameters(self):
+            yield type("Weight", (), {"is_cuda": cuda})
+
+    class AmpOptimWrapper:
+        cast_dtype = torch.bfloat16
+
+    class Runner:
+        model, optim_wrapper = Net(), AmpOptimWrapper()
+        train_dataloader = type("Loader", (), {"batch_size": 3})
+
+    HOOKS.build(dict(type="CompileKernelsHook", jobs=5)).before_train(Runner)
+    assert [args[1:4] for args in called] == ([(3, torch.bfloat16, 5)] if cuda else [])
+    Runner.optim_wrapper = object()
+    assert module.dtype_of(Runner.optim_wrapper) == torch.float32
 
 
 @pytest.mark.slow
