@@ -269,7 +269,8 @@ def cpu_memory(call: Callable[[], object]) -> tuple[int, int]:
     """Return bytes at the peak of a call and bytes held after it, as torch's CPU allocator has handed them out."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # acc_events: there is one cycle, and torch up to 2.11 warns that others would be lost
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         result = call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
