@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normplug import layers, warming
 from normplug.bench import compilations, host
+from normplug.ops import group_norm
 from normplug.ops._registration import has_triton
 
 if not has_triton():
@@ -218,3 +219,30 @@ def test_a_step_starts_its_kernel_directly_from_the_second_call(monkeypatch):
     step(11, "y")
     assert len(started) == 1
     assert direct == [(7, 1, 1, 11, "f", "m", None, None, None, "y", 5, 64)]
+
+
+def test_whoever_listens_to_ops_still_hears_them(monkeypatch):
+    """Kernels are started without the dispatcher only where no mode and no profiler asks for the op."""
+    from normplug.ops import _registration
+
+    started = []
+    kernels = {name: lambda *args, name=name: started.append(name) for name in _registration.KERNELS}
+    monkeypatch.setattr(_registration, "KERNELS", kernels)
+    monkeypatch.setattr(_registration, "FIRST_DEVICE", -1)
+    monkeypatch.setattr(importlib.import_module("normplug.ops.group_norm"), "_leave_to_aten", lambda *_: False)
+    x = torch.randn(2, 8, 3, 3)
+
+    def go(x):
+        return group_norm(x, 2)
+
+    with pytest.raises(TypeError, match="NoneType"), torch.no_grad():
+        go(x)  # the stand-in for the kernel returns nothing
+    assert started == ["group_norm"]
+    with Operations() as operations:
+        go(x)
+    assert operations.count["normplug::group_norm"] == 1
+    with torch.profiler.profile() as profile:
+        go(x)
+    assert "normplug::group_norm" in {event.key for event in profile.key_averages()}
+    torch.compile(go, fullgraph=True, backend="aot_eager")(x.requires_grad_()).sum().backward()
+    assert started == ["group_norm"]
