@@ -123,10 +123,12 @@ def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tu
     if at.channels_last and group_size * itemsize < 16 and at.channels > group_size:
         return None
     positions, channels = _rounded(at.positions), triton.next_power_of_2(group_size)
-    if positions * channels * tensors > ON_CHIP:
+    # Where every value has an address of its own, addresses take half of the registers.
+    most = ON_CHIP if at.vec > 1 else ON_CHIP // 2
+    if positions * channels * tensors > most:
         positions = triton.next_power_of_2(at.positions)
     block = (positions, channels) if at.channels_last else (channels, positions)
-    return block if block[0] * block[1] * tensors <= ON_CHIP else None
+    return block if block[0] * block[1] * tensors <= most else None
 
 
 def _rounded(positions: int) -> int:

@@ -171,11 +171,8 @@ def _standardize(
     )  # fmt: skip
 
 
-# Not specialized: what is compiled once does every weight, also one that starts at an odd address.
-@triton.jit(
-    do_not_specialize=["count", "size", "step"],
-    do_not_specialize_on_alignment=["grad_ptr", "weight_ptr", "out_ptr", "mean_ptr", "std_ptr"],
-)
+# Sizes are not specialized: what is compiled once does every weight that starts on 16 bytes, see `_start_one`.
+@triton.jit(do_not_specialize=["count", "size", "step"], do_not_specialize_on_alignment=["mean_ptr", "std_ptr"])
 def _standardize_one(
     grad_ptr, weight_ptr, out_ptr, mean_ptr, std_ptr, count, size, step, eps,
     BACK: tl.constexpr, CORR: tl.constexpr, INSIDE: tl.constexpr,
@@ -264,6 +261,9 @@ def _start_one(
 ) -> None:  # fmt: skip
     count, device = len(weight), weight.get_device()
     if count == 0:
+        return
+    if (grad.data_ptr() | weight.data_ptr() | out.data_ptr()) % 16:  # the kernel of tables finds out by itself
+        _start_many([grad], [weight], [out], mean, std, backward, eps, correction, eps_inside)
         return
     size = weight.numel() // count
     step = _step(size, SMALL, MIDDLE, TILE)
