@@ -150,6 +150,15 @@ def _partial_statistics(
 
 
 @triton.jit
+def _part(j, rows, size, per_split, per_batch, tiles, positions, block):
+    """Return where the j-th partial result of a group stands, and for how many values of a channel."""
+    part = j // size
+    n = _counted(tl.minimum((part + 1) * per_split, per_batch), tiles, positions, block)
+    n -= _counted(part * per_split, tiles, positions, block)
+    return part * rows + j % size, n.to(tl.float32)
+
+
+@triton.jit
 def _joined(
     parts_ptr, step, batch, group, mask, rows, length, size, splits, per_split, per_batch, tiles, positions, block,
     AT_ONCE: tl.constexpr,
@@ -164,23 +173,19 @@ def _joined(
     many = (_counted(per_batch, tiles, positions, block) * size).to(tl.float32)
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
-        part = j // size
-        n = _counted(tl.minimum((part + 1) * per_split, per_batch), tiles, positions, block)
-        n = (n - _counted(part * per_split, tiles, positions, block)).to(tl.float32)
+        at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block)
         found = mask & (j < length)
-        mean = tl.load(base + part * rows + j % size, mask=found, other=0.0)
+        mean = tl.load(base + at, mask=found, other=0.0)
         total += tl.sum(tl.where(found, n * (mean - shift), 0.0), 1, keep_dims=True)
     whole = total / many
     m2 = tl.zeros_like(shift)
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
-        part = j // size
-        n = _counted(tl.minimum((part + 1) * per_split, per_batch), tiles, positions, block)
-        n = (n - _counted(part * per_split, tiles, positions, block)).to(tl.float32)
+        at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block)
         found = mask & (j < length)
-        at = base + part * rows + j % size
-        d = tl.load(at, mask=found, other=0.0) - shift - whole
-        m2 += tl.sum(tl.where(found, tl.load(at + step, mask=found, other=0.0) + n * d * d, 0.0), 1, keep_dims=True)
+        d = tl.load(base + at, mask=found, other=0.0) - shift - whole
+        inside = tl.load(base + step + at, mask=found, other=0.0)
+        m2 += tl.sum(tl.where(found, inside + n * d * d, 0.0), 1, keep_dims=True)
     return shift + whole, m2, many
 
 
