@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,14 +72,14 @@ def test_bytes_of_many_filters_are_those_of_each():
 
 
 def inputs_of_norms(model, x):
-    """Return shapes of what goes into each GN of a ResNet on the meta device, and what follows the GN."""
-    seen = set()
+    """Count shapes of what goes into each GN of a ResNet on the meta device, with what follows the GN."""
+    seen = Counter()
     for name, module in model.named_modules():
         if isinstance(module, nn.GroupNorm):
             # mmdet: layer1.0.gn3, layer1.0.downsample.1; mmaction2: layer1.0.conv3.bn, layer1.0.downsample.bn
             last = name.endswith("gn3") or ".conv3." in name
             role = "plain" if ".downsample" in name else "add" if last else "act"
-            module.register_forward_pre_hook(lambda _, args, role=role: seen.add((role, tuple(args[0].shape))))
+            module.register_forward_pre_hook(lambda _, args, role=role: seen.update([(role, tuple(args[0].shape))]))
     model.train()
     model(x)
     return seen
@@ -86,7 +87,7 @@ def inputs_of_norms(model, x):
 
 def in_table(model, *places):
     found = [s for s in shapes.ALL if s.model == model and s.role != "weights"]
-    return {(s.role, s.dims[0]) for s in found if s.place.startswith(places)}
+    return Counter({(s.role, s.dims[0]): s.layers for s in found if s.place.startswith(places)})
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normplug import layers, warming
-from normplug.bench import compilations, host
+from normplug.bench import compilations, host, paper
 from normplug.ops import group_norm
 from normplug.ops._registration import has_triton
 
@@ -97,6 +97,20 @@ def test_launches_and_allocations(norm, shape, channels_last):
     assert set(of_backward) <= {"empty_like", "new_empty"}
     allocated = COSTS[norm, shape, channels_last][2:]
     assert (of_forward.total(), of_backward.total() - third) == allocated
+
+
+def test_kernels_and_bytes_of_a_model_on_paper():
+    rows = {(row["model"], row["layout"]): row for row in paper.run()["rows"]}
+    for model, number in ("Mask R-CNN", 69), ("I3D", 53):
+        contiguous, channels_last = (rows[model, layout] for layout in ("contiguous", "channels-last"))
+        assert contiguous["layers"] == channels_last["layers"] == number
+        # 1 + 2 where a group fits into a program, else 2 + 2, or 3 + 3 where channels are innermost
+        assert 3 * layers < contiguous["kernels"] <= 4 * layers < channels_last["kernels"] <= 6 * layers
+        assert contiguous["least"] == channels_last["least"]
+        assert contiguous["least"] < contiguous["bytes"] <= 8 / 5 * contiguous["least"]
+    # the stem alone: 2 x 64 x 400 x 672 values of 2 bytes, five times; by passes eight times
+    stem = paper._count("stem", [shape for shape in paper.select("all", "act") if shape.place == "stem"][:1], False)
+    assert (stem["bytes"], stem["least"], stem["kernels"]) == (8 * 68_812_800, 5 * 68_812_800, 4)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from normplug.bench import compilations, cpu_goals, host
+from normplug.bench import compilations, cpu_goals, host, paper
 from normplug.bench.against import Other, unpacked
 from normplug.bench.cases import OPS
 from normplug.bench.facts import conditions, facts
@@ -38,6 +38,7 @@ TABLES = {
     "cpu goals": cpu_goals.markdown,
     "host": host.markdown,
     "compilations": compilations.markdown,
+    "paper": paper.markdown,
 }
 
 __all__ = ["add_arguments", "choose_device", "main", "write_json"]
@@ -76,6 +77,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="kernels that a training run on images of changing sizes makes the compiler work on: takes no GPU",
     )
     p.add_argument(
+        "--paper",
+        action="store_true",
+        help="kernels and bytes of all norm layers of a model in a training step, on paper: takes no GPU",
+    )
+    p.add_argument(
         "--cpu-goals",
         action="store_true",
         help="the comparison on the CPU: EvoNorm, ConvWS, GN and CBN against their stock counterparts",
@@ -84,7 +90,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what the command line asks for."""
-    modes = [name for name in ("table", "host", "compilations", "cpu_goals") if getattr(args, name)]
+    modes = [name for name in ("table", "host", "compilations", "paper", "cpu_goals") if getattr(args, name)]
     if args.against is not None and modes:
         option = modes[0].replace("_", "-")
         print(f"--against {args.against} goes with the ops: leave out --{option}", file=sys.stderr)
@@ -93,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         result = json.loads(args.table.read_text())
         print(TABLES[result["kind"]](result))
         return 0
-    for kind in ("host", "compilations"):
+    for kind in ("host", "compilations", "paper"):
         if getattr(args, kind):
             return _measure_without_gpu(kind, args.out)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter, before its first use
@@ -158,7 +164,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _measure_without_gpu(kind: str, out: Path | None) -> int:
-    module = {"host": host, "compilations": compilations}[kind]
+    module = {"host": host, "compilations": compilations, "paper": paper}[kind]
     if not has_triton():
         print(f"--{kind} takes Triton, which comes with torch on Linux and is not installed here", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ import torch
 
 from normplug.reporting import markdown_table
 
-__all__ = ["GOAL", "batches", "count", "layers", "markdown", "run"]
+__all__ = ["GOAL", "batches", "count", "layers", "markdown", "run", "step"]
 
 # At most so many kernels are compiled in a training run.
 GOAL = 40
@@ -71,14 +71,15 @@ def count(norm: str, dtype: torch.dtype, channels_last: bool, number: int = 400,
         if size not in sizes:
             sizes.add(size)
             for shape, role in layers(*size):
-                seen.update(record(partial(_step, module, norm, shape, role, dtype, channels_last)))
+                seen.update(record(partial(step, module, norm, shape, role, dtype, channels_last)))
         growth.append(len(seen))
     return growth
 
 
-def _step(module: Any, norm: str, shape: tuple[int, ...], role: str, dtype: torch.dtype, channels_last: bool) -> None:
+def step(module: Any, norm: str, shape: tuple[int, ...], role: str, dtype: torch.dtype, channels_last: bool) -> None:
     """Go forward and backward through a layer as its op does."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
+    last = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    form = last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=form)
     w = torch.empty(shape[1], device="meta")
     if norm == "evonorm_s0":  # it brings its activation, and takes no residual

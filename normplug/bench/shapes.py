@@ -8,19 +8,32 @@ from dataclasses import dataclass
 
 __all__ = ["ROLES", "Shape", "select"]
 
+# Blocks of the four stages of a ResNet-50.
+BLOCKS = (3, 4, 6, 3)
+
 # What follows the norm: nothing (FPN, shortcuts), an activation, or a residual sum and an activation. And filters.
 ROLES = ("plain", "act", "add", "weights")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Inputs of one call: the shape of x, or of all filters that are standardized together."""
+    """Inputs of one call: the shape of x, or of all filters that are standardized together.
+
+    Attributes:
+        model: Where it comes from.
+        place: Where it is in the model.
+        role: What follows, see ``ROLES``.
+        dims: The shape of x, or the shapes of all filters.
+        quick: Whether it is one of the few that stand for all.
+        layers: How many calls of the model have it.
+    """
 
     model: str
     place: str
     role: str
     dims: tuple[tuple[int, ...], ...]
     quick: bool = False
+    layers: int = 1
 
     def __str__(self) -> str:
         dims = "x".join(map(str, self.dims[0])) if len(self.dims) == 1 else f"{len(self.dims)} weights"
@@ -35,13 +48,15 @@ def _detector() -> list[Shape]:
         place = f"stage {stage}"
         if stage > 1:  # the first block's first convolution, before the stride
             shapes.append(Shape(name, f"{place} in", "act", ((2, width, *maps[stage - 2]),)))
-        shapes.append(Shape(name, place, "act", ((2, width, *size),), quick=stage in (1, 3)))
-        shapes.append(Shape(name, place, "add", ((2, 4 * width, *size),), quick=stage in (1, 3)))
+        blocks = BLOCKS[stage - 1]
+        inside, quick = 2 * blocks - (stage > 1), stage in (1, 3)
+        shapes.append(Shape(name, place, "act", ((2, width, *size),), quick, inside))
+        shapes.append(Shape(name, place, "add", ((2, 4 * width, *size),), quick, blocks))
         shapes.append(Shape(name, f"{place} shortcut", "plain", ((2, 4 * width, *size),)))
     for level, size in enumerate(maps, 2):
-        shapes.append(Shape(name, f"FPN P{level}", "plain", ((2, 256, *size),), quick=level in (2, 4)))
-    shapes.append(Shape(name, "box head", "act", ((1024, 256, 7, 7),), quick=True))
-    shapes.append(Shape(name, "mask head", "act", ((128, 256, 14, 14),)))
+        shapes.append(Shape(name, f"FPN P{level}", "plain", ((2, 256, *size),), level in (2, 4), layers=2))
+    shapes.append(Shape(name, "box head", "act", ((1024, 256, 7, 7),), quick=True, layers=4))
+    shapes.append(Shape(name, "mask head", "act", ((128, 256, 14, 14),), layers=4))
     return shapes
 
 
@@ -54,8 +69,9 @@ def _video() -> list[Shape]:
         place = f"stage {stage}"
         if before[stage - 1]:
             shapes.append(Shape(name, f"{place} in", "act", ((8, width, *before[stage - 1]),)))
-        shapes.append(Shape(name, place, "act", ((8, width, *size),), quick=stage == 1))
-        shapes.append(Shape(name, place, "add", ((8, 4 * width, *size),), quick=stage == 2))
+        blocks = BLOCKS[stage - 1]
+        shapes.append(Shape(name, place, "act", ((8, width, *size),), stage == 1, 2 * blocks - (stage > 1)))
+        shapes.append(Shape(name, place, "add", ((8, 4 * width, *size),), stage == 2, blocks))
         shapes.append(Shape(name, f"{place} shortcut", "plain", ((8, 4 * width, *size),)))
     return shapes
 
