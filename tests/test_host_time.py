@@ -105,7 +105,7 @@ def test_kernels_and_bytes_of_a_model_on_paper():
         contiguous, channels_last = (rows[model, layout] for layout in ("contiguous", "channels-last"))
         assert contiguous["layers"] == channels_last["layers"] == number
         # 1 + 2 where a group fits into a program, else 2 + 2, or 3 + 3 where channels are innermost
-        assert 3 * layers < contiguous["kernels"] <= 4 * layers < channels_last["kernels"] <= 6 * layers
+        assert 3 * number < contiguous["kernels"] <= 4 * number < channels_last["kernels"] <= 6 * number
         assert contiguous["least"] == channels_last["least"]
         assert contiguous["least"] < contiguous["bytes"] <= 8 / 5 * contiguous["least"]
     # the stem alone: 2 x 64 x 400 x 672 values of 2 bytes, five times; by passes eight times
