@@ -29,21 +29,23 @@ ACTS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F
 # half types: their one rounding, which Triton's interpreter does by cutting off where the type is bfloat16.
 ULPS = {torch.float32: 24, torch.float16: 0.6, torch.bfloat16: 0.6 if CUDA else 1.1}
 DTYPES = st.sampled_from(list(ULPS))
+PIECE = _launch.PIECE
 
 
 def kernel(name):
     return importlib.import_module(f"normplug.kernels.{name}")
 
 
-def sized(tile=None, on_chip=None):
-    """Let tiles have so many values, and kernels for one pass."""
+def sized(tile=None, on_chip=None, piece=None):
+    """Let tiles have so many values, and kernels for one pass; with a piece of a group, teams hold larger ones."""
     _launch.TILE, _launch.ON_CHIP = tile or _launch.TILE, on_chip or _launch.ON_CHIP
+    _launch.ONE_PASS, _launch.PIECE = piece is not None, piece or PIECE
     _launch.forget_plans()
 
 
 @pytest.fixture(autouse=True)
 def restored_tiles():
-    before = _launch.TILE, _launch.ON_CHIP
+    before = _launch.TILE, _launch.ON_CHIP  # sized also switches teams off
     yield
     sized(*before)
 
@@ -143,6 +145,8 @@ def compare(norm, dy, x, weight, bias, v, residual, act, groups, scale=1.0):
         assert error <= ulps, f"{name} is {error:.1f} ulps off"
 
 
+# Values of a group that a program holds, and of a piece of a larger one: by passes, on chip, by teams.
+WAYS = [(1, None), (16384, None), (1, 64)]
 # Channels; maps have four times as many values. In the interpreter a program takes milliseconds.
 MOST = 40 if CUDA else 12
 
@@ -164,7 +168,7 @@ def cases(draw):
         "residual": draw(st.booleans()),
         "mean": draw(st.sampled_from([0.0, 3.0])),
         "tile": draw(st.sampled_from([128, 2048])),
-        "on_chip": draw(st.sampled_from([1, 16384])),
+        "way": draw(st.sampled_from(WAYS)),
     }
 
 
@@ -186,7 +190,7 @@ def test_any_shape_layout_and_dtype(norm, case):
     values = per_statistic.get(norm, positions if norm != "batch_norm" else shape[0] * positions)
     if values < MANY_ENOUGH:
         shape = (shape[0], *[6 * groups] * 1, *shape[2:]) if norm in per_statistic else (*shape[:2], 7)
-    sized(case["tile"], case["on_chip"])
+    sized(case["tile"], *case["way"])
     alone = norm.startswith(("evonorm", "filter"))
     data = tensors(shape, case["dtype"], case["channels_last"], case["mean"], case["residual"] and not alone)
     # x - mean loses as many digits as the mean has more than x - mean
@@ -194,22 +198,22 @@ def test_any_shape_layout_and_dtype(norm, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
+@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
-def test_mean_1000_and_variance_1(norm, channels_last, on_chip):
+def test_mean_1000_and_variance_1(norm, channels_last, on_chip, piece):
     """E[x²] - E[x]² in float32 returns noise here. What is allowed is the spacing of float32 at 1000."""
-    sized(512, on_chip)
+    sized(512, on_chip, piece)
     dy, x, weight, bias, v, _ = tensors((2, 8, 25, 37), torch.float32, channels_last, 1000.0)
     compare(norm, dy, x, weight, bias, v, None, None, 2, scale=1000 / 24)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
+@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_same_bits_on_every_run(norm, on_chip, channels_last):
-    sized(512 if channels_last else 128, on_chip)
+def test_same_bits_on_every_run(norm, on_chip, piece, channels_last):
+    sized(512 if channels_last else 128, on_chip, piece)
     data = tensors((2, 4, 9, 20), torch.float32, channels_last)
     first, second = (NORMS[norm][0](*data, None, 2) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -247,16 +251,16 @@ def test_nan_and_infinity_stay_in_their_group():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in the interpreter
-@pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
+@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
 @pytest.mark.parametrize("argument", range(6), ids=["dy", "x", "weight", "bias", "v", "residual"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_nan_comes_out_wherever_the_formula_has_it(norm, argument, on_chip):
+def test_nan_comes_out_wherever_the_formula_has_it(norm, argument, on_chip, piece):
     """A maximum of a GPU returns the number of a number and NaN."""
-    sized(on_chip=on_chip)
+    sized(on_chip=on_chip, piece=piece)
     alone = norm.startswith(("evonorm", "filter"))
     if argument == 5 and alone:
         pytest.skip("takes no residual")
-    data = tensors((2, 4, 3, 3), torch.float32, False, has_residual=not alone)
+    data = tensors((2, 4, 9, 8), torch.float32, False, has_residual=not alone)
     data[argument].view(-1)[1] = float("nan")
     act = None if alone else "relu"
     got = NORMS[norm][0](*data, act, 2)
@@ -274,12 +278,12 @@ def test_slices_of_memory_that_are_not_aligned():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("on_chip", [1, 16384], ids=["split", "on-chip"])
+@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_parameters_of_any_stride_address_and_dtype(norm, on_chip):
+def test_parameters_of_any_stride_address_and_dtype(norm, on_chip, piece):
     """Every other value of a tensor, one for all channels, a view at an odd address, half and double precision."""
-    sized(on_chip=on_chip)
-    dy, x, *parameters, _ = tensors((1, 4, 3, 3), torch.float32, False)
+    sized(on_chip=on_chip, piece=piece)
+    dy, x, *parameters, _ = tensors((1, 4, 9, 8), torch.float32, False)
     for change in (
         lambda p: torch.stack([p, p + 9], 1)[:, 0],
         lambda p: p[:1].expand(4),

@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normplug.kernels import _recording
+from normplug.kernels import _launch, _recording
 from normplug.kernels._recording import resolve
 from normplug.reporting import markdown_table
 
@@ -92,7 +92,7 @@ class Launch:
         if "DTYPE" in dict(self.constants):  # where tensors are given by address
             return dict(self.constants)["DTYPE"].name
         types = [t for _, t in self.seen.signature if t.startswith("*")]
-        return next((t[1:] for t in types if t != "*fp32"), "fp32")
+        return next((t[1:] for t in types if t not in ("*fp32", "*i32")), "fp32")
 
 
 def calls() -> Iterator[tuple[str, str, Any]]:
@@ -155,7 +155,8 @@ def compiled(launch: Launch, arch: int) -> Any:
     source = ASTSource(resolve(seen.kernel), dict(seen.signature), constants, attributes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": seen.warps})
+        options = _launch.options_of(seen.warps, constants)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def compile_for(launch: Launch, arch: int) -> list[str]:

@@ -24,6 +24,7 @@ from normplug.kernels._passes import (
     sums_step,
     totals_step,
 )
+from normplug.kernels._teams import Team, TeamStep, backward_step, forward_step
 from normplug.kernels._tiles import (
     PER_CHANNEL,
     SIZES,
@@ -139,9 +140,10 @@ def _group_backward(
 
 
 class _Forward(NamedTuple):
-    """What ``forward`` does for a shape: one kernel (whole), or first, join (unless apply does it) and apply."""
+    """What ``forward`` does: one kernel (whole or team), or first, join (unless apply does it) and apply."""
 
     whole: Step | None = None
+    team: TeamStep | None = None
     first: Step | None = None
     join: Step | None = None
     apply: Step | None = None
@@ -163,6 +165,8 @@ def _forward(
         constants |= tile_constants(at, block)
         numbers = [*sizes, eps, slope]
         return _Forward(Step(_group_forward, shape[0] * groups, numbers, constants, _warps(block)), shape=of_groups)
+    if per_sample and (team := _team(shape, channels_last, dtype, groups, 1, device)):
+        return _Forward(team=forward_step(formula, team, eps, act), workspace=team.exchanged, shape=of_groups)
     statistics = Statistics.of(shape, channels_last, groups, per_sample, device)
     folded = None if channels_last else statistics
     given = Pass.over(shape, channels_last, groups, per_sample)
@@ -196,6 +200,14 @@ def _whole(
         return None
     group_vec = at.vec if channels_last else 1
     return at, block, [at.outer, at.units, group_size // group_vec, group_size * at.positions], group_vec
+
+
+def _team(
+    shape: torch.Size, channels_last: bool, dtype: torch.dtype, groups: int, tensors: int, device: int
+) -> Team | None:
+    group_size = shape[1] // groups
+    at = Layout.of(shape, channels_last, channels=group_size)
+    return Team.of(at, group_size, dtype.itemsize, tensors, device)
 
 
 def _warps(block: tuple[int, int]) -> int:
@@ -232,6 +244,9 @@ def forward(
         plan.whole(stream, x, y, residual, mean, rstd, weight, bias, v)
         return y, mean, rstd, m2
     parts: Tensor | None = x.new_empty(plan.workspace, dtype=torch.float32)
+    if plan.team is not None:
+        plan.team(stream, x, y, residual, mean, rstd, weight, bias, v, parts)
+        return y, mean, rstd, m2
     plan.first(stream, x, parts)
     if plan.join is not None:
         plan.join(stream, parts, mean, rstd, m2)
@@ -241,12 +256,13 @@ def forward(
 
 
 class _Backward(NamedTuple):
-    """What ``backward`` does for a shape: one kernel for dx (whole), or sums and gradient, and totals as planned.
+    """What ``backward`` does: one kernel for dx (whole or team), or sums and gradient, and totals as planned.
 
     ``totals`` is None where the gradient needs none: there it also sums the gradients of parameters up.
     """
 
     whole: Step | None = None
+    team: TeamStep | None = None
     sums: Step | None = None
     totals: Step | None = None
     gradient: Step | None = None
@@ -268,6 +284,13 @@ def _backward(
         whole = Step(_group_backward, n * groups, [*sizes, n * c, slope], constants, _warps(block))
         totals = totals_step(formula, c, groups, Parts(n, 1, 1, 1), sizes[-1], terms=0)
         return _Backward(whole, totals=totals, workspace=formula.sums * n * c)
+    if per_sample and (team := _team(shape, channels_last, dtype, groups, 2, device)):
+        rows = n * team.members
+        return _Backward(
+            team=backward_step(formula, team, act),
+            totals=totals_step(formula, c, groups, Parts(rows, team.members, 1, 1), team.values, terms=0),
+            workspace=formula.sums * rows * c + team.exchanged,
+        )
     given = Pass.over(shape, channels_last, groups, per_sample, formula.sums)
     parts = Parts.of(given.at, given.tiles, given.batches, device, given.group_size)
     values = given.group_size * math.prod(shape[2:]) * (1 if per_sample else n)
@@ -307,8 +330,8 @@ def backward(
         residual = like(residual, dx)
     stream = stream_of(device)
     parts: Tensor | None = x.new_empty(plan.workspace, dtype=torch.float32)
-    if plan.whole is not None:
-        plan.whole(stream, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz)
+    if (whole := plan.whole or plan.team) is not None:
+        whole(stream, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz)
         plan.totals(stream, parts, weight, rstd, None, None, dbias, dweight, dv)
         return dx, dbias, dweight, dv, none
     plan.sums(stream, dy, x, residual, mean, rstd, weight, bias, v, None, parts)

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 __all__ = [
-    "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "like", "multiprocessors", "planned",
-    "run", "split", "stream_of", "tiling", "vector",
+    "COOPERATIVE", "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "like",
+    "multiprocessors", "options_of", "planned", "resident", "run", "split", "stream_of", "tiling", "vector",
 ]  # fmt: skip
 
 Plan = TypeVar("Plan")
@@ -24,6 +24,14 @@ SHORTEST = 32
 PROGRAMS_PER_SM = 8
 # Values that one program of 16 warps holds in registers without spilling.
 ON_CHIP = 16384
+# Whether larger groups are normalized in one pass by teams of programs (_teams.py). Off until a GPU has shown it:
+# nobody has run it, and a barrier that is wrong hangs a training run.
+ONE_PASS = False
+# Values that a program of a team holds, its warps, and the registers of a thread that the compiler may use at most:
+# with them 2 programs are on a multiprocessor of 65536 registers, one of which may load while the other waits.
+PIECE, TEAM_WARPS, TEAM_REGISTERS = 8192, 8, 128
+# The constant PHASE of a kernel whose programs wait for each other, so that all must be resident.
+COOPERATIVE = 0
 
 
 class Layout(NamedTuple):
@@ -113,6 +121,11 @@ def multiprocessors(device: int) -> int:
     if device < 0:
         return 132  # the interpreter takes its time whatever the number; this is what an H200 has
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def resident(device: int) -> int:
+    """Return how many programs of teams are on the device at once: registers decide, before the 2048 threads."""
+    return multiprocessors(device) * min(65536 // (TEAM_REGISTERS * 32 * TEAM_WARPS), 2048 // (32 * TEAM_WARPS))
 
 
 def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tuple[int, int] | None:
@@ -214,7 +227,14 @@ class Step:
 
 def run(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> Any:
     """Start a kernel through Triton and return it compiled (None in the interpreter); every first launch comes here."""
-    return kernel[(programs,)](*args, **constants, num_warps=warps)
+    return kernel[(programs,)](*args, **constants, **options_of(warps, constants))
+
+
+def options_of(warps: int, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with which the compiler takes a kernel of so many warps and these constants."""
+    if constants.get("PHASE") != COOPERATIVE:
+        return {"num_warps": warps}
+    return {"num_warps": warps, "maxnreg": TEAM_REGISTERS, "launch_cooperative_grid": True}
 
 
 def stream_of(device: int) -> int:

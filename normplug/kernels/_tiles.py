@@ -25,6 +25,7 @@ SIZES = [
     "outer", "units", "group_units", "channels", "group_size", "per_sample", "channel_tiles", "tiles", "runs",
     "per_run", "splits", "per_split", "per_batch", "stat_tiles", "stat_positions", "stat_block", "step", "values",
     "parts", "terms", "adders", "length", "samples", "positions",
+    "members", "teams",
 ]  # fmt: skip
 # Arguments that are loaded once per channel: they may start anywhere, as views into an optimizer's flat buffer do.
 PER_CHANNEL = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "v_ptr", "u_ptr"]
