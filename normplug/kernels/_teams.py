@@ -114,7 +114,7 @@ def _team_forward(
     team, rank = tl.program_id(0) // members, tl.program_id(0) % members
     all_groups = samples * ((inner if CHANNELS_LAST else outer) // group_size)
     for group in range(team, all_groups, teams):
-        start, offs, mask, n, c, valid = _piece(group, rank, outer, inner, group_size, CHANNELS_LAST, BO, BI)
+        start, offs, mask, _, c, valid = _piece(group, rank, outer, inner, group_size, CHANNELS_LAST, BO, BI)
         x = load(x_ptr + start, offs, mask, 0.0)
         base = parts_ptr + (group * members).to(tl.int64) * 2
         if PHASE != 2:
@@ -140,8 +140,8 @@ def _team_forward(
             for first in range(0, members, AT_ONCE):
                 j = first + tl.arange(0, AT_ONCE)
                 means, m2 = _exchanged(base, j, members)
-                d = means - shift - mean
-                squares += tl.where(j < members, m2 + _values(j, positions, block, group_size) * d * d, 0.0)
+                apart = means - shift - mean
+                squares += tl.where(j < members, m2 + _values(j, positions, block, group_size) * apart * apart, 0.0)
             mean += shift
             rstd = _reciprocal_root(mean, tl.sum(squares, 0), values, eps, HAS_MEAN)
             if not HAS_MEAN:
