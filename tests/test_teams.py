@@ -1,0 +1,127 @@
+"""Teams of programs: their barrier, in every order in which programs may run, and what is planned."""
+
+from collections import deque
+
+import pytest
+import torch
+
+from normplug.ops._registration import has_triton
+
+if not has_triton():
+    pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
+
+from normplug.bench import paper, shapes
+from normplug.kernels import _launch, _teams
+from normplug.kernels._recording import record
+
+SIGN = 1 << 31
+WHOLE = 1 << 32
+
+
+@pytest.fixture
+def one_pass():
+    _launch.ONE_PASS = True
+    _launch.forget_plans()
+    yield
+    _launch.ONE_PASS = False
+    _launch.forget_plans()
+
+
+# --- the barrier, as _meet has it
+
+
+def share(rank, members):
+    return SIGN - 1 - (members - 2) if rank == 0 else 1
+
+
+def explore(members, waves, start, share=share):
+    """Run all interleavings of a launch; return the counter at its end. A program stores, arrives, polls and reads.
+
+    A state is the counter, how many waves each program has stored for, and of each program the wave, the next of its
+    steps, and the counter as it found it on arrival. Where no program can go on, all must have ended.
+    """
+    first = start, (0,) * members, ((0, "store", 0),) * members
+    seen, todo, ends = {first}, deque([first]), set()
+    while todo:
+        counter, stored, programs = todo.popleft()
+        following = []
+        for rank, (wave, at, before) in enumerate(programs):
+            new_counter, new_stored, moved = counter, stored, None
+            if wave == waves:
+                continue
+            if at == "store":
+                new_stored = (*stored[:rank], wave + 1, *stored[rank + 1 :])
+                moved = wave, "arrive", 0
+            elif at == "arrive":
+                new_counter = (counter + share(rank, members)) % WHOLE
+                moved = wave, "poll", counter
+            elif at == "poll" and (before ^ counter) & SIGN:
+                moved = wave, "read", 0
+            elif at == "read":
+                assert min(stored) > wave, "a sum is read before it is stored"
+                moved = wave + 1, "store", 0
+            if moved is not None:
+                following.append((new_counter, new_stored, (*programs[:rank], moved, *programs[rank + 1 :])))
+        if not following:
+            assert all(wave == waves for wave, _, _ in programs), "programs wait for ever"
+            ends.add(counter)
+        for state in following:
+            if state not in seen:
+                seen.add(state)
+                todo.append(state)
+    (end,) = ends  # the same in whatever order
+    return end
+
+
+@pytest.mark.parametrize("waves", [1, 2, 3])
+@pytest.mark.parametrize("members", [2, 3])
+def test_barrier_in_every_order(members, waves):
+    """Also from where the last launch left the counter, and by a team of another size then."""
+    end = explore(members, waves, 0)
+    assert end == (SIGN if waves % 2 else 0)
+    assert explore(5 - members, waves, end) in (0, SIGN)
+
+
+def test_a_wrong_barrier_is_found():
+    with pytest.raises(AssertionError, match="wait for ever"):
+        explore(3, 2, 0, lambda rank, members: SIGN - members if rank == 0 else 1)
+    with pytest.raises(AssertionError, match="before it is stored"):
+        explore(3, 2, 0, lambda rank, members: SIGN if rank == 0 else 1)
+
+
+# --- what is planned
+
+
+def started(shape, channels_last=False):
+    """Return what a layer starts, in the interpreter without the launches of the other side of a barrier."""
+    from normplug.bench.compilations import step
+    from normplug.kernels import group_norm
+
+    launches = record(lambda: step(group_norm, "group_norm", shape, "act", torch.bfloat16, channels_last))
+    return [launch for launch in launches if dict(launch.constants).get("PHASE") != _teams.AFTER]
+
+
+def test_off_unless_switched_on():
+    assert not _launch.ONE_PASS
+    assert not [launch for launch in started((2, 64, 400, 672)) if "_team" in launch.kernel]
+
+
+def test_all_layers_of_both_models_are_one_pass(one_pass):
+    for shape in (s for role in shapes.ROLES[:3] for s in shapes.select("all", role)):
+        names = [launch.kernel.split(":")[1] for launch in started(shape.dims[0])]
+        assert len(names) == paper.KERNELS, (shape, names)
+
+
+def test_a_group_that_the_device_cannot_hold_is_left_to_passes(one_pass, monkeypatch):
+    monkeypatch.setattr(_launch, "multiprocessors", lambda _device: 16)
+    names = [launch.kernel for launch in started((2, 64, 400, 672))]
+    assert len(names) == 4
+    assert not [name for name in names if "_team" in name]
+
+
+def test_compiler_is_told_that_programs_wait_for_each_other():
+    options = _launch.options_of(_launch.TEAM_WARPS, {"PHASE": _launch.COOPERATIVE})
+    assert options["launch_cooperative_grid"]
+    assert options["maxnreg"] * 32 * options["num_warps"] * _launch.resident(-1) <= 65536 * 132
+    for phase in (_teams.BEFORE, _teams.AFTER, None):
+        assert _launch.options_of(4, {"PHASE": phase}) == {"num_warps": 4}
