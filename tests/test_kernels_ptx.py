@@ -76,7 +76,7 @@ def test_instructions_do_on_a_gpu_what_the_interpreter_does(compiled):
 
 @pytest.mark.slow
 def test_teams_wait_for_each_other(compiled):
-    """By one release and one acquire of the whole GPU, all resident, and with registers for two programs a processor."""
+    """By one release and one acquire of the whole GPU, all resident: registers for two programs a multiprocessor."""
     teams = [kernel for kernel in compiled if "_team_" in kernel["name"]]
     assert {kernel["name"].split()[0].split(":")[1] for kernel in teams} == {"_team_forward", "_team_backward"}
     for kernel in teams:
