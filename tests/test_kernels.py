@@ -20,7 +20,7 @@ from normplug.ops._registration import has_triton
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
 
-from normplug.kernels import _launch
+from normplug.kernels import _launch, _teams
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = DEVICE == "cuda"
@@ -218,6 +218,33 @@ def test_same_bits_on_every_run(norm, on_chip, piece, channels_last):
     first, second = (NORMS[norm][0](*data, None, 2) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("norm", "dtype", "act", "residual", "groups"),
+    [
+        ("group_norm", torch.float32, "relu", True, 2),
+        ("group_norm", torch.bfloat16, None, False, 1),
+        ("group_norm", torch.float16, "silu", True, 1),
+        ("evonorm_s0", torch.float32, None, False, 2),
+        ("filter_response_norm", torch.float32, None, False, 8),
+    ],
+)
+def test_teams_do_one_group_after_the_other(norm, dtype, act, residual, groups, channels_last, monkeypatch):
+    """More groups than teams, and a last member whose piece is cut short."""
+    sized(on_chip=1, piece=128 if norm == "filter_response_norm" else 256)
+    monkeypatch.setattr(_launch, "resident", lambda _device: 10)
+    started = []
+    monkeypatch.setattr(
+        _teams, "gates", lambda device, _: started.append(torch.zeros(10).int().to(device)) or started[-1]
+    )
+    compare(norm, *tensors((3, 8, 7, 19), dtype, channels_last, has_residual=residual), act, groups, scale=2)
+    narrow = channels_last and norm == "filter_response_norm"  # 4 bytes per position: left to the passes
+    assert len(started) == (0 if narrow else 2)
+    for counters in started:  # open for the next launch
+        assert not (counters & 0x7FFFFFFF).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)
