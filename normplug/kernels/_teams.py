@@ -34,17 +34,15 @@ GATES = 1 << 14
 _gates: dict[tuple[int, int], Tensor] = {}
 
 
-def gates(device: torch.device, stream: int) -> Tensor:
-    """Return the counters of the barriers, which are open: 0 or the sign bit.
+def gates(device: torch.device, stream: int, teams: int) -> Tensor:
+    """Return counters for the barriers of at least so many teams, which are open: 0 or the sign bit.
 
     A barrier leaves its counter as the next one takes it, so that nothing has to be zeroed between launches: that
     would be one more kernel for every layer. Launches on one stream do not overlap and share them. A CUDA graph may be
     replayed beside any of these, so that each launch that is captured zeroes its own.
     """
-    if device.type != "cuda":
-        return torch.zeros(GATES, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(GATES, dtype=torch.int32, device=device)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(teams, dtype=torch.int32, device=device)
     key = device.index, stream
     if key not in _gates:
         _gates[key] = torch.zeros(GATES, dtype=torch.int32, device=device)
@@ -256,10 +254,10 @@ class Team(NamedTuple):
 class TeamStep:
     """A kernel of teams, to be called as ``Step``: with the counters of its barriers after the tensors."""
 
-    __slots__ = ("_steps",)
+    __slots__ = ("_steps", "_teams")
 
     def __init__(self, kernel: Any, team: Team, numbers: Sequence[float], constants: dict[str, Any]) -> None:
-        at = team.at
+        at, self._teams = team.at, team.teams
         group_vec = at.vec if at.channels_last else 1
         numbers = [*team.sizes(group_vec), *numbers]
         constants = constants | {
@@ -273,7 +271,7 @@ class TeamStep:
         ]
 
     def __call__(self, stream: int, x: Tensor, *tensors: Tensor | None) -> None:
-        counters = gates(x.device, stream)
+        counters = gates(x.device, stream, self._teams)
         for step in self._steps:
             step(stream, x, *tensors, counters)
 
