@@ -85,7 +85,10 @@ def start(tmp_path):
         )
         return started[-1]
 
+    # In the background of a script SIGINT is ignored, by whatever is started; no shell can trap it then.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield start
+    signal.signal(signal.SIGINT, before)
     for process in started:
         if process.poll() is None:
             process.kill()
