@@ -13,7 +13,7 @@ LIBRARY = torch.library.Library("normplug", "IMPL")
 
 
 def pytest_configure(config):
-    import normplug.ops  # noqa: F401
+    import normplug.ops  # noqa: F401  defines the ops
     from normplug.ops._registration import KERNELS
 
     for name, launch in KERNELS.items():

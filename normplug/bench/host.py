@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from normplug import layers
 from normplug.reporting import markdown_table
 
-__all__ = ["GOAL_RATIO", "Timing", "markdown", "measure", "without_launching"]
+__all__ = ["Timing", "markdown", "measure", "without_launching"]
 
-# At most so many times what torch's own operations take.
-GOAL_RATIO = 1.5
 # Next to no values, in groups wide enough for one program to hold them channels-last too.
 SHAPE, GROUPS = (2, 64, 2, 2), 8
 

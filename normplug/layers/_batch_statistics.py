@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.ops._common import acc_dtype
+from normplug.ops._registration import UNCAPTURABLE
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
@@ -37,8 +38,7 @@ def recomputing() -> bool:
 
 # Not by custom_op: what that adds to a call is several times what this one does. A CUDA graph would repeat what was so
 # when it was captured; torch that has the tag leaves the op out of the graphs that it makes.
-_TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
-torch.library.define("normplug::recomputing", "(Tensor x) -> Tensor", tags=_TAGS)
+torch.library.define("normplug::recomputing", "(Tensor x) -> Tensor", tags=UNCAPTURABLE)
 
 
 @torch.library.impl("normplug::recomputing", "CompositeExplicitAutograd")

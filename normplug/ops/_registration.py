@@ -15,6 +15,7 @@ from torch._C import _AutoDispatchBelowAutograd
 
 __all__ = [
     "KERNELS",
+    "UNCAPTURABLE",
     "below_autograd",
     "define",
     "differentiable",
@@ -27,6 +28,9 @@ __all__ = [
 _LIBRARY = torch.library.Library("normplug", "FRAGMENT")
 # Name of each op that has a kernel -> what runs on CUDA: the benchmark of host time lets it run elsewhere.
 KERNELS: dict[str, Callable[..., Any]] = {}
+
+# Tags of an op that a replayed CUDA graph would repeat wrongly, so that compilers leave it out: one since torch 2.8.
+UNCAPTURABLE = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
 
 # Tensors of an index from here on are on a GPU; the benchmark of host time has none.
 FIRST_DEVICE = 0
@@ -54,9 +58,7 @@ def define(
         schema: Arguments and results in torch's notation; read off the annotations of the reference unless given.
         capturable: False if it takes from the host what a replayed CUDA graph would miss: compilers leave it out then.
     """
-    tags = [torch.Tag.pt2_compliant_tag]
-    if not capturable and hasattr(torch.Tag, "cudagraph_unsafe"):  # since torch 2.8
-        tags.append(torch.Tag.cudagraph_unsafe)
+    tags = (torch.Tag.pt2_compliant_tag, *(() if capturable else UNCAPTURABLE))
     _LIBRARY.define(name + (schema or torch.library.infer_schema(reference, mutates_args=())), tags=tags)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"normplug::{name}", fake, lib=_LIBRARY)
