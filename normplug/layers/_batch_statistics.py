@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.ops._common import acc_dtype
-from normplug.ops._registration import UNCAPTURABLE
+from normplug.ops._registration import UNCAPTURABLE, is_exporting
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 Running = tuple[Tensor | None, ...]  # running mean, running variance, number of batches
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -55,7 +54,7 @@ def _recomputing_fake(x: Tensor) -> Tensor:
 def _may_be_repeated() -> bool:
     """Tell whether this forward pass is, or a graph that is being made of it may be, one that has counted before."""
     if torch.compiler.is_compiling():
-        return not _is_exporting()  # what is exported is for others to run, who have no op of ours
+        return not is_exporting()  # what is exported is for others to run, who have no op of ours
     return recomputing()
 
 

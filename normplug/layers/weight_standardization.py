@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normplug.layers._checks import checked
 from normplug.ops._common import check_tensor, with_plain_strides
+from normplug.ops._registration import in_torch
 from normplug.ops.weight_standardize import weight_standardize, weight_standardize_many
 
 # fold_ws and standardize_together are no layers, and what __all__ names is registered as one
@@ -71,7 +72,7 @@ class _WSConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor(type(self).__name__, x)
-        if not torch.jit.is_tracing():
+        if not in_torch():
             x = with_plain_strides(x)  # others that an axis of length 1 may have end in an error in backward, on a CPU
         return super()._conv_forward(x, self.standardized_weight(), self.bias)
 
@@ -198,7 +199,7 @@ class _Begin:
         self.devices = frozenset(devices)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or in_torch():
             return
         if hasattr(model.forward, "_torchdynamo_orig_callable"):  # compiled alone: what is done here, it would not see
             return

@@ -14,6 +14,8 @@ __all__ = [
     "acc_dtype",
     "activate",
     "activation_grad",
+    "add_and_activate",
+    "affine",
     "as_parameter",
     "check_act",
     "check_groups",
@@ -23,6 +25,8 @@ __all__ = [
     "dense",
     "for_backward",
     "per_channel",
+    "recalled_bias",
+    "recalled_residual",
     "with_plain_strides",
 ]
 
@@ -189,6 +193,13 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return x (N, C, *) scaled and shifted per channel, in the dtype of x."""
+    if weight is not None:
+        x = x * per_channel(weight.to(x.dtype), x)
+    return x if bias is None else x + per_channel(bias.to(x.dtype), x)
+
+
 _aten = torch.ops.aten
 # name -> (function, gradient of its argument z from that of its result): one pass, in the precision and layout of z
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -224,8 +235,32 @@ def for_backward(act: str | None, residual: Tensor | None, y: Tensor) -> tuple[s
     return act, None if act is None else residual
 
 
+def recalled_bias(ctx: Any, like: Tensor) -> Tensor | None:
+    """Return what stands for a bias in a formula, which was not kept: zeros of its dtype, or None for none."""
+    return None if ctx.bias_dtype is None else torch.zeros_like(like, dtype=ctx.bias_dtype, requires_grad=True)
+
+
+def recalled_residual(ctx: Any, x: Tensor, kept: Tensor | None) -> Tensor | None:
+    """Return what stands for a residual in a formula: what was kept, or zeros if it was the last thing added."""
+    if kept is not None or not ctx.has_residual:
+        return kept
+    return x.new_zeros(()).expand(x.shape).requires_grad_()
+
+
 def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
     """Return the gradient of z from that of its activation (for ``RELU_OF_OUTPUT`` z is what the activation gave)."""
     if act is None:
         return dy
     return ACTIVATIONS["relu" if act == RELU_OF_OUTPUT else act][1](dy, z)
+
+
+def add_and_activate(z: Tensor, act: str | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return act(z + residual) in a dtype: how formulas end.
+
+    With ``RELU_OF_OUTPUT``, and what ReLU gave in the residual's place, only the derivatives are those of ReLU.
+    """
+    if residual is not None:
+        z = z + residual
+        if act == RELU_OF_OUTPUT:
+            return torch.where(residual.detach() > 0, z, 0).to(dtype)
+    return activate(z, act).to(dtype)
