@@ -1,9 +1,9 @@
-"""Run the test suites of mmengine, mmcv, mmdet and mmaction2 with and without normplug, and print what it changes.
+"""Run the toolkits' own tests with and without normplug, and print what it changes.
 
 FOLDER holds checkouts of the toolkits, at the versions that are installed: their tests are run, on the installed
-packages. Every test file has a process of its own; what is changed once is run again, and what is not changed the second
-time is a matter of chance. Where mmcv has no compiled ops, "without" is all of normplug but its stand-ins for them,
-because without these mmdet and mmaction2 cannot be imported.
+packages. Every test file has a process of its own. Files with a test whose outcome is another are run again, and what
+is not another the second time is a matter of chance. Where mmcv has no compiled ops, normplug's stand-ins for them are
+on both sides: mmdet and mmaction2 cannot be imported without.
 
 Results go to stdout, progress to stderr. Exit code: 0 nothing is lost but what is named in BY_DESIGN; 1 something is;
 2 wrong arguments.
@@ -37,6 +37,8 @@ PRELOAD = {
     "mmcv": ("mmcv", ["mmcv.cnn", "mmcv.ops", "mmcv.transforms"]),
     "mmdet": ("mmdet", ["mmdet.apis", "mmdet.datasets", "mmdet.engine", "mmdet.evaluation", "mmdet.models"]),
     "mmaction2": ("mmaction", ["mmaction.apis", "mmaction.datasets", "mmaction.engine", "mmaction.models"]),
+    "mmsegmentation": ("mmseg", ["mmseg.apis", "mmseg.datasets", "mmseg.engine", "mmseg.models"]),
+    "mmpretrain": ("mmpretrain", ["mmpretrain.apis", "mmpretrain.datasets", "mmpretrain.engine", "mmpretrain.models"]),
 }
 SIDES = ("without", "with")
 # What a test asks of a toolkit and normplug does otherwise, on purpose.
@@ -94,8 +96,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="has the checkouts, mmengine, mmcv, mmdet and mmaction2: all or some")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PATH", help="in the folder: mmdet mmcv/tests/test_cnn")
+    parser.add_argument("folder", type=Path, help=f"has checkouts, all or some of {', '.join(PRELOAD)}")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PATH", help="in the folder: mmdet mmcv/tests/test_cnn"
+    )
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one test file (%(default)g)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to it, toolkit by toolkit")
     args = parser.parse_args(argv)
