@@ -6,7 +6,6 @@ import io
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normplug.layers import CrossIterationBatchNorm, SyncBatchNorm, WSConv2d
 from normplug.layers import _convolution_trace as trace
-from normplug.layers.cross_iteration_batch_norm import Entry
+from normplug.layers._convolution_padding import padding_of
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 from normplug.registry import MODELS
 
@@ -479,19 +478,89 @@ def evaluation(net):
     net.train()
 
 
-def test_one_imprecise_channel_is_no_transformed_weight():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_one_imprecise_channel_is_no_transformed_weight(dtype):
     """Where products cancel a channel may be off by its own size in half precision; a wrong weight is off in all."""
-    net = pair(buffer_num=2)
-    mean = torch.ones(net.norm.num_features)
-    product = mean.clone()
-    product[0] = 0.9
-    other = torch.zeros(1)
-    entry = Entry(mean, torch.ones_like(mean), other, other, product, other)
-    conv = SimpleNamespace(module=nn.Conv2d(3, len(mean), 1, bias=False))
-    net.norm._verify(entry, conv)
-    net.norm._verified = False
-    with pytest.raises(ValueError, match="not the convolution"):
-        net.norm._verify(entry._replace(mean_product=product * 0.9), conv)
+    conv = nn.Conv2d(64, C, 3, bias=False)
+    with torch.no_grad():
+        conv.weight[0] = torch.randn(64, 1, 1) * torch.tensor([1.0, -2.0, 1.0])
+    x = (100 + torch.randn(2, 64, 9, 9)).to(dtype)
+    y = conv.to(dtype)(x)
+    assert padding_of(trace.Convolution(conv, x), y) == trace.Convolution(conv, x).geometry
+    assert padding_of(trace.Convolution(conv, x), y * 1.1) is None
+
+
+# --- convolutions that pad in their own forward
+
+
+class Padding(nn.Conv2d):
+    """Pads its input by the same amount always, and says nothing of it."""
+
+    def __init__(self, *args, amount=(1, 1, 1, 1), mode="constant", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.amount, self.mode = amount, mode
+
+    def forward(self, x):
+        return super().forward(F.pad(x, self.amount, self.mode))
+
+
+def adaptive(**kwargs):
+    return MODELS.build(dict(type="Conv2dAdaptivePadding", in_channels=4, out_channels=C, **kwargs))
+
+
+def timms(**kwargs):
+    return pytest.importorskip("timm.layers").Conv2dSame(4, C, **kwargs)
+
+
+OWN_PADDING = {
+    "adaptive": lambda: adaptive(kernel_size=3, stride=2),
+    "adaptive-5": lambda: adaptive(kernel_size=5, stride=2, bias=False),
+    "adaptive-dilated": lambda: adaptive(kernel_size=3, dilation=2),
+    "adaptive-pointwise": lambda: adaptive(kernel_size=1),
+    "timm": lambda: timms(kernel_size=4, stride=3),
+    "constant": lambda: Padding(4, C, 3, stride=2),
+    "wide": lambda: Padding(4, C, 3, stride=2, amount=(3, 3, 3, 3)),
+    "reflect": lambda: Padding(4, C, 3, amount=(2, 2, 2, 2), mode="reflect"),
+    "circular": lambda: Padding(4, C, 3, stride=2, mode="circular"),
+    "besides": lambda: Padding(4, C, 3, padding=1, dilation=2),
+}
+
+
+class Inputs(torch.overrides.TorchFunctionMode):
+    """Holds what the last convolution got."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.conv2d:
+            self.seen = args[0]
+        return function(*args, **(kwargs or {}))
+
+
+class Explicit(nn.Module):
+    """A plain convolution with the filters of another, of what that one makes of its input by padding."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.plain = nn.Conv2d(
+            4, C, own.kernel_size, own.stride, own.padding, own.dilation, bias=own.bias is not None
+        ).to(own.weight)
+        self.plain.load_state_dict(own.state_dict())
+        self.own = [own.eval()]
+
+    def forward(self, x):
+        with torch.no_grad(), Inputs() as inputs:
+            self.own[0](x)
+        return self.plain(inputs.seen)
+
+
+@pytest.mark.parametrize("kind", OWN_PADDING)
+def test_equals_a_convolution_behind_a_padding_that_all_can_see(kind):
+    conv = OWN_PADDING[kind]().to(DEVICE, torch.float64)
+    net = Pair(conv, CBN(C, buffer_num=2).to(DEVICE, torch.float64))
+    wanted = Pair(Explicit(copy.deepcopy(conv)), copy.deepcopy(net.norm))
+    xs = [batch(size=size) for size in [(9, 8), (9, 8), (8, 7), (12, 15), (9, 8)]]
+    for got, want in zip(train(net, xs), train(wanted, xs), strict=True):
+        close(list(got.values()), list(want.values()))
+    assert lengths(net.norm) == {0: 2}
 
 
 @pytest.mark.parametrize("event", [new_weights, evaluation])
@@ -778,6 +847,20 @@ def without():
     return nn.Sequential(nn.Linear(9, 9), CBN(4))
 
 
+class Halved(nn.Module):
+    """Does something by a function, which no hook hears of."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, C, 3), CBN(C)
+
+    def __getitem__(self, _):
+        return self.norm
+
+    def forward(self, x):
+        return self.norm(self.conv(x) / 2)
+
+
 def twice():
     return nn.Sequential(nn.Conv2d(4, C, 3), CBN(C), CBN(C))
 
@@ -798,13 +881,14 @@ class Doubled(nn.Conv2d):
     [
         (transposed, "transposed convolution"),
         (in_place, "changed in place"),
-        (between, r"is none\. The last convolution before was Conv2d"),
-        (without, r"\(2, 4, 7, 9\) that it got is none\. CrossIter"),
+        (between, r"is none\. It is the output of torch\.nn\.modules\.activation\.ReLU\."),
+        (without, r"\(2, 4, 7, 9\) that it got is none\. It is the output of torch\.nn\.modules\.linear\.Linear\."),
+        (Halved, r"is none\. The last convolution before was Conv2d"),
         (twice, "is none"),
         (frozen_in_evaluation, "in training mode"),
         (lambda: nn.Sequential(Doubled(4, C, 3), CBN(C)), "standardized_weight"),
     ],
-    ids=["transposed", "in-place", "between", "without", "twice", "conv-in-eval", "other-weight"],
+    ids=["transposed", "in-place", "between", "without", "no-module", "twice", "conv-in-eval", "other-weight"],
 )
 @pytest.mark.parametrize("burnin", [0, 5])
 def test_what_is_not_the_output_of_a_convolution_is_refused_at_once(build, message, burnin):

@@ -53,7 +53,7 @@ def test_every_name_of_numpy_that_is_gone_is_given_back():
                 missing |= {(module, used) for used in gone & names_in(text)}
     missing -= {
         ("mmcv.ops.pixel_group", "float"),  # of a branch for parrots, which is no torch
-        ("mmdet.evaluation.metrics.flickr30k_metric", "boxes"),  # an annotation's mistake, where nobody looks
+        ("mmdet.evaluation.metrics.flickr30k_metric", "boxes"),  # no numpy ever had it: theirs is meant, np_boxes
     }
     assert len(missing) >= 5
     for module, used in missing:
