@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from normplug.layers import CrossIterationBatchNorm, SyncBatchNorm, WSConv2d
 from normplug.layers import _convolution_trace as trace
 from normplug.layers._convolution_padding import padding_of
+from normplug.openmmlab.adapt import adapt
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 from normplug.registry import MODELS
 
@@ -1024,6 +1025,10 @@ MODELS_WITH_CBN = {
     "resnet-bottleneck": (R18 | {"depth": 50, "style": "caffe"}, lambda: tensor(2, 3, 64, 64)),
     "resnet-checkpointed": (R18 | {"with_cp": True}, lambda: tensor(2, 3, 64, 64)),
     "resnet-ws": (R18 | {"conv_cfg": {"type": "ConvWS"}}, lambda: tensor(2, 3, 64, 64)),
+    "efficientnet": (
+        {"type": "mmdet.EfficientNet", "arch": "b0", "norm_cfg": NORM, "norm_eval": False, "out_indices": (2, 3)},
+        lambda: tensor(2, 3, 65, 64),
+    ),
     "fpn": (
         {"type": "mmdet.FPN", "in_channels": [4, 8, 8, 16], "out_channels": 8, "num_outs": 5, "norm_cfg": NORM},
         lambda: pyramid((4, 8, 8, 16)),
@@ -1122,3 +1127,61 @@ def test_stock_models_train_from_a_bare_norm_cfg(name):
         assert lengths(norm) == dict.fromkeys(range(levels), 2), path
         assert norm.cbn_calls == 4
         assert norm.num_batches_tracked == 4 * levels
+
+
+# --- refused when a model is built
+
+
+def conv_cfg(name):
+    return lambda: MODELS.build(dict(type=name, in_channels=4, out_channels=C, kernel_size=3))
+
+
+NO_CONVOLUTIONS = {
+    "DCN": (conv_cfg("DCN"), r"It is the output of mmcv\S+\.DeformConv2dPack\(4, 6, kernel_size=\(3, 3\)\)"),
+    "DCNv2": (conv_cfg("DCNv2"), r"It is the output of mmcv\S+\.ModulatedDeformConv2dPack\(4, 6"),
+    "ConvAWS": (conv_cfg("ConvAWS"), r"follows ConvAWS2d\(4, 6"),
+    "NormedConv2d": (conv_cfg("mmdet.NormedConv2d"), r"follows NormedConv2d\(4, 6"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, C, 3), "transposed convolution"),
+    "other-weight": (lambda: Doubled(4, C, 3), "standardized_weight"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONVOLUTIONS)
+def test_what_is_no_convolution_is_refused_when_the_model_is_built(name):
+    pytest.importorskip("mmdet.models")
+    build, message = NO_CONVOLUTIONS[name]
+    for net in (nn.Sequential(build(), CBN(C)), nn.ModuleDict({"conv2": build(), "bn2": CBN(C)})):
+        at = ("1", "0") if isinstance(net, nn.Sequential) else ("bn2", "conv2")
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match=f"{at[0]} cannot be CBN behind {at[1]}. .*{message}"):
+            adapt(net)
+        assert torch.equal(torch.get_rng_state(), state)
+        adapt(net.eval())
+
+
+def test_what_trains_is_built():
+    for own in OWN_PADDING.values():
+        adapt(nn.Sequential(own(), CBN(C)))
+    adapt(nn.Sequential(nn.Linear(4, 4), CBN(C)))
+    adapt(nn.Sequential(CBN(4), nn.Conv2d(4, C, 3)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"layer4\.0\.bn2 cannot be CBN behind layer4\.0\.conv2\. .*\.ModulatedDeformConv2dPack\(64, 64"),
+        ({"norm_eval": True}, ""),  # the statistics of its batches are not asked for
+        ({"norm_cfg": NORM | {"buffer_num": 0}}, ""),  # batch normalization
+    ],
+)
+def test_a_backbone_with_deformable_convolutions(settings, message):
+    pytest.importorskip("mmdet.models")
+    dcn = {"dcn": dict(type="DCNv2", deform_groups=1), "stage_with_dcn": (False, False, False, True), "depth": 50}
+    if not message:
+        assert len(MODELS.build(R18 | dcn | settings).layer4) == 3
+        return
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(R18 | dcn | settings)
+    head = dict(type="mmdet.FPN", in_channels=[4], out_channels=8, num_outs=1, norm_cfg=NORM)
+    with pytest.raises(ValueError, match=r"lateral_convs\.0\.bn cannot be CBN behind lateral_convs\.0\.conv\. "):
+        MODELS.build(head | {"conv_cfg": dict(type="DCNv2")})
