@@ -1,10 +1,11 @@
-"""What NumPy and SciPy have dropped: the toolkits' code that uses it runs, and gives what it gave."""
+"""What NumPy, SciPy and Python have changed: the toolkits' code that relies on it runs, and gives what it gave."""
 
 import ast
 import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from test_bridge import python
@@ -250,6 +252,19 @@ def test_tables_of_position_biases_are_interpolated():
     beit = toolkit("mmseg.models.backbones.beit").BEiT
     got = beit._geometric_sequence_interpolation(None, 7, 9, table, 1)
     np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
+# ---- configs in pure Python
+
+
+def test_pure_python_configs_may_use_frozen_modules(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "import os\nimport os.path as osp\nfrom os.path import basename\nfrom torch.nn import Conv2d\n"
+        "path = osp.join('a', basename('b/c'))\nhome = os.sep\nlayer = dict(type=Conv2d)\n"
+    )
+    config = Config.fromfile(tmp_path / "config.py")
+    assert (config.path, config.home) == (os.path.join("a", "c"), os.sep)
+    assert config.layer.type is torch.nn.Conv2d  # what is of no standard library is imported when it is asked for
 
 
 # ---- when modules are imported

@@ -1,4 +1,4 @@
-"""What NumPy and SciPy have dropped since the toolkits' last releases, for the modules that use it.
+"""What NumPy, SciPy and Python have changed since the toolkits' last releases, for the modules that rely on it.
 
 Each of them gets a namespace of its own in the place of ``np``, or one function that is another: numpy and scipy stay
 as they are, and so does every other module. It happens when the module is imported.
@@ -84,6 +84,20 @@ def _int_of_arrays(module: ModuleType) -> None:
     module.int = lambda value: int(value.item() if isinstance(value, np.ndarray) else value)
 
 
+# ---- python
+
+
+def _frozen_modules(module: ModuleType) -> None:
+    """``os`` and its like, which pure Python configs may use, have had no file that tells whose they are since 3.11."""
+    original = module._is_builtin_module
+
+    @functools.wraps(original)
+    def is_builtin_module(name: str) -> bool:
+        return name.partition(".")[0] in sys.stdlib_module_names or original(name)
+
+    _replace(original, is_builtin_module)
+
+
 # ---- scipy
 
 
@@ -136,6 +150,7 @@ _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "mmaction.evaluation.metrics.multimodal_metric": _old_numpy,
     "mmaction.models.multimodal.vindlu.utils": _old_interpolate,
     "mmaction.utils.misc": _old_numpy,
+    "mmengine.config.utils": _frozen_modules,
     "mmcv.image.photometric": _wrapping_uint8,
     "mmdet.evaluation.functional.ytviseval": _old_numpy,
     "mmpretrain.evaluation.metrics.retrieval": _old_numpy,
