@@ -16,6 +16,7 @@ from normplug.layers._batch_statistics import (
     values_per_channel,
 )
 from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.layers._convolution_padding import gives_size, padding_of
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -102,8 +103,9 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
 
     The statistics of earlier batches belong to earlier weights. They are carried over to the present ones to first
     order in the filters of the convolution before this layer, and count as constants in the gradient. Works
-    directly behind a Conv1d, Conv2d or Conv3d (any groups, stride, dilation and padding; ConvWS too), which it
-    finds by itself: a bare ``norm_cfg=dict(type='CBN')`` is enough. Where that convolution is frozen it is BN.
+    directly behind a Conv1d, Conv2d or Conv3d (any groups, stride, dilation and padding, also in a forward of its own;
+    ConvWS too), which it finds by itself: a bare ``norm_cfg=dict(type='CBN')`` is enough. Where that convolution is
+    frozen it is BN.
 
     Training costs one weight gradient of the convolution more per call, and holds about ``buffer_num`` float32
     copies of its weight. Evaluation is batch normalization by running statistics, and these are those of BN.
@@ -188,6 +190,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         self.official_burnin_var, self.skip_nonfinite = official_burnin_var, skip_nonfinite
         self.cbn_calls = 0  # training iterations; not a tensor, so that no device has to be asked
         self._verified = False
+        self._paddings: dict[tuple[torch.Size, torch.Size], dict[str, Any]] = {}  # by sizes of input and output
         self._history: dict[int, tuple[Entry, ...]] = {}  # newest first, by the number of the call in its iteration
         self._iteration = _Iteration()
         trace.follow(self)
@@ -242,20 +245,18 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         if conv is None or not conv.trainable:
             statistics = self._statistics(mean, m2, count, burning_in)
         else:
-            filters, var = conv.filters(), m2 / count
-            entry = None
-            # Without a graph only the first call is remembered: who collects statistics calls on and on.
-            if (not burning_in and (call == 0 or with_graph)) or not self._verified:
-                assert conv.input is not None
-                grads = patch_statistics(conv.input.detach(), x.detach(), mean, **conv.geometry)
-                entry = Entry(mean, var, *grads, *(p[0] for p in filter_products(filters, grads[:1], grads[1:])))
-                self._verify(entry, conv)
+            geometry = self._geometry(conv, x)
             if burning_in:
                 statistics = self._statistics(mean, m2, count, burning_in)
             else:
+                filters, var = conv.filters(), m2 / count
                 statistics = self._joined_statistics(mean, var, count, call, filters)
-                if entry is not None:
-                    kept = (entry, *self._history.get(call, ()))[: self.buffer_num]
+                # Without a graph only the first call is remembered: who collects statistics calls on and on.
+                if call == 0 or with_graph:
+                    assert conv.input is not None
+                    grads = patch_statistics(conv.input.detach(), x.detach(), mean, **geometry)
+                    products = (p[0] for p in filter_products(filters, grads[:1], grads[1:]))
+                    kept = (Entry(mean, var, *grads, *products), *self._history.get(call, ()))[: self.buffer_num]
                     self._history = {**self._history, call: kept}
         self._iteration.last = mean, statistics
         return statistics
@@ -307,22 +308,28 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         slope = torch.where(root > 0, (root + self.eps) / root, torch.zeros_like(root))
         return _Statistics(mean, 1 / (root + self.eps), mean_share, var_share * slope)
 
-    def _verify(self, entry: Entry, conv: trace.Convolution) -> None:
-        """Raise ValueError if the mean of the output is not what the filters make of the input: asked once."""
-        if self._verified or entry.mean.is_meta:  # there nothing can be asked
-            return
-        bias = conv.module.bias
-        off = entry.mean - entry.mean_product - (0 if bias is None else bias)
-        size = (entry.var + entry.mean.square()).sqrt()
-        # Over all channels: in half precision one whose values nearly cancel may be far off by itself.
-        if bool(off.norm() > 0.05 * size.norm() + 1e-6):
-            raise ValueError(
-                f"CrossIterationBatchNorm follows {conv.module} ({type(conv.module).__module__}), but its output is "
-                f"not the convolution of its input with its weight: the means differ by {off.abs().max():.3g}. A "
-                f"convolution that transforms its weight must offer it as standardized_weight(), as ConvWS does; "
-                f"otherwise use another norm here, for example GN or BN."
-            )
-        self._verified = True
+    def _geometry(self, conv: trace.Convolution, x: Tensor) -> dict[str, Any]:
+        """Return how the convolution goes over its input: found out at the first batch, or by sizes if it pads itself.
+
+        Raises:
+            ValueError: If x (N, C, *) is not what its filters make of its input.
+        """
+        assert conv.input is not None
+        own, sizes = conv.geometry, (conv.input.shape[2:], x.shape[2:])
+        if x.is_meta or (self._verified and gives_size(own, *sizes)):  # of a meta tensor nothing can be asked
+            return own
+        if sizes not in self._paddings:
+            found = padding_of(conv, x)
+            if found is None:
+                raise ValueError(
+                    f"{type(self).__name__} follows {conv.module} ({type(conv.module).__module__}), but its output is "
+                    f"not the convolution of its input with its weight. A convolution that transforms its weight must "
+                    f"offer it as standardized_weight(), as ConvWS does; otherwise use another norm here, for example "
+                    f"GN or BN."
+                )
+            self._paddings[sizes] = found
+            self._verified |= found == own
+        return self._paddings[sizes]
 
     def reset_history(self) -> None:
         """Forget all earlier batches: to be called when the weights jump other than by training."""
