@@ -516,8 +516,8 @@ def test_half_precision_rounds_once(dtype):
 
 
 def test_an_op_without_stand_in_names_itself_and_the_fix():
-    with pytest.raises(NotImplementedError, match=r"'carafe_forward'.*mmcv==2\.1\.0"):
-        missing_op("carafe_forward")(1, key=2)
+    with pytest.raises(NotImplementedError, match=r"'knn_forward'.*mmcv==2\.1\.0"):
+        missing_op("knn_forward")(1, key=2)
     with pytest.raises(AttributeError):
         missing_op("__path__")
 

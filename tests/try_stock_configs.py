@@ -114,7 +114,7 @@ def in_process(toolkit: str, file: Path, args: argparse.Namespace) -> dict:
     start = time.monotonic()
     child.start()
     theirs.close()
-    row = dict(built=False, ran=False, reason="", parameters=None)
+    row = dict(built=False, ran=False, reason="", parameters=None, ops=[])
     try:
         while ours.poll(max(0.0, args.timeout - (time.monotonic() - start))):
             row.update(ours.recv())
@@ -155,7 +155,11 @@ def attempt(toolkit: str, file: Path, args: argparse.Namespace, pipe: Any) -> No
             if parameters > args.parameters * 1e6:
                 raise Left(f"{parameters / 1e6:.0f} million parameters")
             model.init_weights()
-            train(model, SAMPLES[toolkit](cfg))
+            called = record_ops()
+            try:
+                train(model, SAMPLES[toolkit](cfg))
+            finally:
+                pipe.send(dict(ops=sorted(called)))
         pipe.send(dict(ran=True))
     except Left as e:
         pipe.send(dict(reason=f"left out: {e}"))
@@ -166,6 +170,22 @@ def attempt(toolkit: str, file: Path, args: argparse.Namespace, pipe: Any) -> No
     finally:
         pipe.close()
         os._exit(0)
+
+
+def record_ops() -> set[str]:
+    """The names of mmcv's compiled functions, or of their stand-ins, that are called from now on."""
+    called = set()
+    extension = vars(importlib.import_module("mmcv._ext"))
+
+    def recording(name: str, function: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            called.add(name)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    extension.update({k: recording(k, f) for k, f in extension.items() if callable(f) and not k.startswith("_")})
+    return called
 
 
 def train(model: torch.nn.Module, batches: Iterator[dict]) -> None:
@@ -200,6 +220,8 @@ def shrink(model: dict) -> None:
             part["size_divisor"] = 32
         if "num" in part and "pos_fraction" in part:
             part["num"] = min(part["num"], 32)
+        if "max_per_img" in part and "nms_pre" in part:
+            part["max_per_img"] = min(part["max_per_img"], 64)
 
 
 def walk(cfg: Any) -> Iterator[dict]:
@@ -237,7 +259,7 @@ def detection(cfg: Config) -> Iterator[dict]:
     kind = cfg.model.type
     preprocessor = str((cfg.model.get("data_preprocessor") or {}).get("type", ""))
     classes = classes_of(cfg, 1)
-    for size in (128, 256, 512):
+    for size in (64, 128, 256, 512):
         if "ReID" in preprocessor:
             yield reid(size, classes)
         elif preprocessor.endswith("ImgDataPreprocessor") or kind.startswith("mmpretrain."):
