@@ -25,8 +25,7 @@ import normplug  # noqa: F401
 from normplug.openmmlab import checkpoints
 from normplug.openmmlab.checkpoints import CheckpointNormHook, UnsafeCheckpointError, check_norms, load
 from normplug.openmmlab.file_kinds import CheckpointError
-
-STOCK_STATE_DICT = MessageHub.state_dict.__wrapped__  # mmengine's own, without the repair
+from normplug.openmmlab.plain import as_plain
 
 
 def saved(content, **kwargs) -> io.BytesIO:
@@ -88,7 +87,7 @@ def assert_same_history(one, other):
 def test_a_resumed_run_goes_on_exactly(tmp_path, monkeypatch, writer):
     with monkeypatch.context() as patch:
         if writer == "stock mmengine":
-            patch.setattr(MessageHub, "state_dict", STOCK_STATE_DICT)
+            patch.setattr(checkpoints.mmengine_checkpoint.torch, "save", torch.save, raising=False)
         whole = runner(tmp_path, 4, f"whole, {writer}")
         whole.train()
     file = tmp_path / "epoch_2.pth"
@@ -116,8 +115,9 @@ def test_message_hub_round_trip():
     hub._log_scalars["none yet"], hub._resumed_keys["none yet"] = HistoryBuffer(max_length=5), True
     hub.update_info("best", np.float32(0.1))
     hub.update_info("meta", {"classes": ("a", "b"), "palette": np.arange(6).reshape(2, 3)})
-    state = hub.state_dict()
-    for stored in (state, load(saved(state)), load(saved(STOCK_STATE_DICT(hub)))):
+    state = as_plain(hub.state_dict())
+    torch.load(saved(state), weights_only=True)
+    for stored in (load(saved(state)), load(saved(hub.state_dict()))):
         back = MessageHub("back")
         back.load_state_dict(stored)
         assert back.log_scalars.keys() == {"loss", "acc", "none yet"}
@@ -132,9 +132,9 @@ def test_message_hub_round_trip():
         back.update_scalar("acc", 1.0)
         assert back.get_scalar("acc").statistics("mean", 2) == pytest.approx((2 / 7 + 1) / 2)
         assert back.get_info("best") == np.float32(0.1)
+        assert type(back.get_info("best")) is np.float32
         np.testing.assert_array_equal(back.get_info("meta")["palette"], np.arange(6).reshape(2, 3))
         assert back.get_info("meta")["classes"] == ("a", "b")
-    assert type(state["runtime_info"]["best"]) is float
     assert type(hub.get_scalar("loss")) is HistoryBuffer  # the hub itself is as it was
 
 
@@ -143,7 +143,7 @@ def test_checkpoints_of_either_numpy(module):
     hub = MessageHub("there")
     hub.update_scalar("loss", 0.5)
     hub.update_info("best", np.float64(0.25))
-    written = saved(STOCK_STATE_DICT(hub), _use_new_zipfile_serialization=False).read()
+    written = saved(hub.state_dict(), _use_new_zipfile_serialization=False).read()
     names = rb"numpy\._?core\.multiarray"
     assert len(re.findall(names, written)) == 2
     state = load(io.BytesIO(re.sub(names, module, written)))
@@ -316,11 +316,6 @@ def test_a_history_does_not_change_the_methods_of_the_class(monkeypatch):
     state = {"_log_history": np.ones(2), "_count_history": np.ones(2), "max_length": 9}
     monkeypatch.setattr(
         HistoryBuffer, "__getstate__", lambda self: {**state, "statistics_methods": {"mean": len}, "max": 1}
-    )
-    with pytest.raises(UnsafeCheckpointError, match="len"):
-        load(saved([HistoryBuffer()]))
-    monkeypatch.setattr(
-        HistoryBuffer, "__getstate__", lambda self: {**state, "statistics_methods": {"mean": "x"}, "max": 1}
     )
     buffer = load(saved([HistoryBuffer()]))[0]
     assert buffer.max() == buffer.mean() == 1
