@@ -21,8 +21,9 @@ import sys
 import threading
 import zipfile
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint as mmengine_checkpoint
@@ -40,7 +41,7 @@ import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
 from normplug.openmmlab.file_kinds import CheckpointError, check_kind, is_safetensors
 from normplug.openmmlab.inert import make_inert
-from normplug.openmmlab.plain import KIND, as_plain, from_plain, without_code
+from normplug.openmmlab.plain import FACTORIES, KIND, as_plain, from_plain, without_code
 from normplug.openmmlab.pretrained import download
 from normplug.openmmlab.replacement import as_loaded
 from normplug.openmmlab.weight_checks import expect_whole_model, source, weights_of
@@ -146,23 +147,39 @@ def _history(logs: np.ndarray, counts: np.ndarray, max_length: int) -> HistoryBu
     return buffer
 
 
+class _Husk:
+    """What a call of code gives while we only look at which names a refused file has."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
 class _Code:
     """Takes the place of a function or class that a file names and that nobody allowed: a name, which does nothing.
 
     It may be named. Whoever would call it, or make an object of it, is refused.
     """
 
+    call = staticmethod(_refuse)
+
     def __new__(cls, *args):
-        return super().__new__(cls) if isinstance(cls, type) else _refuse(cls.name)
+        return super().__new__(cls) if isinstance(cls, type) else cls(*args)
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, *args):
-        _refuse(self.name)
+        return self.call(self.name)
 
     def __repr__(self) -> str:
         return self.name  # torch names it so in its errors
+
+
+class _LookedAt(_Code):
+    call = _Husk
 
 
 def _stored_attribute(owner, name):
@@ -202,9 +219,13 @@ class _StoredDeque(list):
         self.maxlen = maxlen if type(maxlen) is int else None
 
 
+_FACTORY = object()  # the key in a dict that a file calls a defaultdict
+
+
 def _stored_defaultdict(factory=None):
-    """Takes the place of ``collections.defaultdict``: a dict, for what it makes anew would come from the file."""
-    return {}
+    """Takes the place of ``collections.defaultdict`` with a plain type as factory: a dict until `_with_arrays`."""
+    name = factory.name if isinstance(factory, _Code) else getattr(factory, "__name__", "")
+    return {_FACTORY: FACTORIES.get(name.removeprefix("builtins."))}
 
 
 def _stored_config(items=()):
@@ -243,10 +264,13 @@ def _with_arrays(value, seen: set[int]):
         return value.array
     if isinstance(value, _StoredDtype):
         return value.dtype
-    if isinstance(value, _Code):
-        _refuse(value.name)
+    for code in value if isinstance(value, set) else (value,):
+        if isinstance(code, _Code):
+            _refuse(code.name)
     if isinstance(value, dict | list | tuple) and id(value) not in seen:
         seen.add(id(value))  # a file may hold a list that holds itself
+        if isinstance(value, dict):
+            _with_arrays(set(value), seen)  # its keys
         if isinstance(value, tuple):
             items = [_with_arrays(item, seen) for item in value]
             return tuple(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
@@ -254,8 +278,10 @@ def _with_arrays(value, seen: set[int]):
             new = _with_arrays(item, seen)
             if new is not item:
                 value[key] = new
-        if isinstance(value, dict) and KIND in value:
-            return from_plain(value)
+    if isinstance(value, dict) and KIND in value:
+        return from_plain(value)
+    if isinstance(value, dict) and _FACTORY in value:
+        return defaultdict(value.pop(_FACTORY), value)
     return deque(value, value.maxlen) if isinstance(value, _StoredDeque) else value
 
 
@@ -275,6 +301,7 @@ def _stock_names(code: Iterable[_Code]) -> Iterator[None]:
                 [entry for entry in allowed if _allowed_name(entry) not in _NAMES]
                 + [(stand_in, name) for name, stand_in in _NAMES.items()]
                 + [(stand_in, stand_in.name) for stand_in in code]
+                + [(_Husk, "")]
             )
             yield
         finally:
@@ -342,15 +369,21 @@ def _guarded(loader, file, **kwargs):
     where = str(_where(file))
     source.set(where)
     start = file.tell() if hasattr(file, "seek") else None
-    code: dict[str, _Code] = {}
+
+    def read():
+        return loader(_rewound(file, start), **{**kwargs, "weights_only": True})
+
     try:
-        checkpoint = _loaded(loader, file, start, code, kwargs)
+        checkpoint = _loaded(read, {}, _Code)
         if isinstance(checkpoint, dict) and "param_schedulers" in checkpoint:
             stored = checkpoint["param_schedulers"]
             checkpoint["param_schedulers"] = without_code(stored, lambda value: isinstance(value, _Code))
         checkpoint = _with_arrays(checkpoint, set())
     except pickle.UnpicklingError as error:
-        raise UnsafeCheckpointError(_refusal(where, _foreign_names(file, start, code, error), error)) from error
+        named: dict[str, _Code] = {}
+        with contextlib.suppress(Exception):
+            _loaded(read, named, _LookedAt)
+        raise UnsafeCheckpointError(_refusal(where, _foreign_names(file, start, named, error), error)) from error
     except OSError:
         raise
     except Exception as error:  # what is wrong with a file ends in whatever the broken part runs into
@@ -363,18 +396,25 @@ def _guarded(loader, file, **kwargs):
     return checkpoint
 
 
-def _loaded(loader, file, start: int | None, code: dict[str, _Code], kwargs: dict):
+# As torch says which name it does not know, which function it does not call, of which class it makes no object.
+_UNKNOWN = re.compile(
+    r"(?:GLOBAL (\S+) was not an allowed|unrecognized function (\w\S*)|allowlisted .* but got (\w\S*))"
+)
+
+
+def _loaded(read: Callable[[], Any], code: dict[str, _Code], kind: type[_Code]):
     """Load a file; each name in it that is not allowed goes to ``code``, and becomes what only says its name."""
     while True:
         try:
             with _stock_names(code.values()):
-                return loader(_rewound(file, start), **{**kwargs, "weights_only": True})
+                return read()
         except pickle.UnpicklingError as error:
-            unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            name = unknown and (unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}")  # torch drops that
+            unknown = _UNKNOWN.search(str(error))
+            name = unknown and next(filter(None, unknown.groups()))
+            name = name if not name or "." in name else f"builtins.{name}"  # torch drops that
             if name is None or name in code or len(code) > 100:
                 raise
-            code[name] = _Code(name)
+            code[name] = kind(name)
 
 
 def _first_line(error: Exception) -> str:
@@ -383,7 +423,7 @@ def _first_line(error: Exception) -> str:
 
 def _foreign_names(file, start: int | None, code: Iterable[str], error: Exception) -> list[str]:
     """What the file names that is not allowed; for the error's text only, and nothing is unpickled for it."""
-    found = [*code, *re.findall(r"(?:GLOBAL|unrecognized function) (\w\S+)", str(error))]
+    found = [*code, *re.findall(r"GLOBAL (\S+)", str(error))]
     found += [str(error)] if isinstance(error, _Refused) and re.fullmatch(r"[\w.]+", str(error)) else []
     with contextlib.suppress(Exception), _stock_names(()):  # it reads zip files in pickle protocol 2 only
         found += torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(file, start))
@@ -391,8 +431,7 @@ def _foreign_names(file, start: int | None, code: Iterable[str], error: Exceptio
         with contextlib.suppress(Exception):
             found += [name for name in _names_in(_rewound(file, start)) if name not in _NAMES]
     # torch's message drops "builtins.", its list does not
-    names = {name.removeprefix("builtins.") for name in found}
-    return sorted(name for name in names if not any(other.startswith(f"{name}.") for other in names))
+    return sorted({name.removeprefix("builtins.") for name in found})
 
 
 def _rewound(file, start: int | None):
@@ -442,8 +481,8 @@ def _to_allow(names: list[str]) -> str:
         return ""
     return (
         "; or, if these are classes of your own and the file is from somebody you trust, allow them before it is "
-        f"loaded (in a config: in a module that custom_imports names): import {', '.join(sorted(set(modules.values())))}"
-        f"; torch.serialization.add_safe_globals([{', '.join(names)}])"
+        f"loaded (in a config: in a module that custom_imports names): "
+        f"import {', '.join(sorted(set(modules.values())))}; torch.serialization.add_safe_globals([{', '.join(names)}])"
     )
 
 

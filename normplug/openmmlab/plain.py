@@ -1,9 +1,9 @@
 """What a run saves, in the types that torch's safe unpickler reads, and back.
 
 ``torch.load(weights_only=True)`` takes tensors, numbers, text and plain containers. A checkpoint of mmengine holds
-more: histories, arrays and numbers of numpy (a best score, a palette), whatever hooks and schedulers keep, and functions
-(``OneCycleLR`` remembers how it anneals). Here the first become plain values that carry what they were under ``KIND``;
-functions are code, which the run that goes on has itself, and are left out of the schedulers' state.
+more: histories, arrays and numbers of numpy (a best score, a palette), whatever hooks and schedulers keep, and
+functions (``OneCycleLR`` remembers how it anneals). Here the first become plain values that carry what they were under
+``KIND``; functions are code, which the run that goes on has itself, and are left out of the schedulers' state.
 """
 
 import types
@@ -17,12 +17,13 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 from torch import Tensor
 
-__all__ = ["KIND", "as_plain", "from_plain", "without_code"]
+__all__ = ["FACTORIES", "KIND", "as_plain", "from_plain", "without_code"]
 
 KIND = "normplug.kind"  # the key by which a dict says that it stands for something else
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, Tensor, torch.Size, torch.dtype, torch.device)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
-_FACTORIES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict, set)}
+# What a defaultdict may make
+FACTORIES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict, set)}
 _told: set[tuple[str, str]] = set()
 
 
@@ -127,7 +128,7 @@ class _Plain:
                 return value
             if isinstance(value, defaultdict):
                 factory = getattr(value.default_factory, "__name__", None)
-                known = _FACTORIES.get(factory) is value.default_factory
+                known = FACTORIES.get(factory) is value.default_factory
                 return {KIND: "defaultdict", "data": dict(items), "factory": factory} if known else dict(items)
             plain = type(value)() if type(value) in (OrderedDict, Counter) else {}
             plain.update(items)
@@ -164,7 +165,7 @@ def _array(array: np.ndarray) -> dict:
 
 
 def _scalar(value: np.generic) -> Any:
-    """A float32 stays one: a schedule that goes on in double precision is another schedule."""
+    """Python's own numbers compute as float64 and int64 do. A float32 stays one: it rounds, and a schedule with it."""
     if isinstance(value, np.str_) or value.dtype in (np.float64, np.int64, np.bool_, np.complex128):
         return value.item()
     tensor = _as_tensor(np.array(value))
@@ -189,6 +190,6 @@ def from_plain(stored: dict) -> Any:
             return np.dtype(data)
         case "deque" if isinstance(data, list) and isinstance(stored.get("maxlen"), int | None):
             return deque(data, stored["maxlen"])
-        case "defaultdict" if isinstance(data, dict) and stored.get("factory") in _FACTORIES:
-            return defaultdict(_FACTORIES[stored["factory"]], data)
+        case "defaultdict" if isinstance(data, dict) and stored.get("factory") in FACTORIES:
+            return defaultdict(FACTORIES[stored["factory"]], data)
     raise ValueError(f"a part of unknown kind {stored[KIND]!r}")
