@@ -16,6 +16,7 @@ from normplug.layers._batch_statistics import (
     values_per_channel,
 )
 from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -193,10 +194,13 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         trace.follow(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
+            return node
         check_channels(self, x, self.num_features)
-        act = act or self.act
+        act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, act, residual, self.eps_mode == "outside")
+            args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+            return normalize_by_running(*args, act, residual, self.eps_mode == "outside")
         if not self.training or x.numel() == 0:
             check_has_statistics(self, x, values_per_channel(x))
             trace.forget(x)

@@ -5,6 +5,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers._batch_statistics import ConversionGuard, normalize_by_running
 from normplug.layers._checks import check_channels, checked
+from normplug.layers._symbolic import Proxy, chosen, node_of
 
 __all__ = ["FrozenBatchNorm"]
 
@@ -26,7 +27,7 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
             layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -62,8 +63,12 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
         return "what makes it frozen"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
+            return node
         check_channels(self, x, self.num_features)
-        return normalize_by_running(self, x, act or self.act, residual)
+        act = self.act if act is None else chosen(act, self.act)
+        args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        return normalize_by_running(*args, act, residual)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}" + (f", act={self.act!r}" if self.act else "")

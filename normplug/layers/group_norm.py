@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from torch import Tensor, nn
 
 from normplug.layers._checks import check_channels, checked
+from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops.group_norm import group_norm
 
 __all__ = ["GroupNorm"]
@@ -40,7 +41,7 @@ class GroupNorm(nn.GroupNorm):
     place of the layer's own.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine. A residual has the shape of the input.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine. A residual has the shape of the input.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -86,8 +87,11 @@ class GroupNorm(nn.GroupNorm):
         return self.num_channels
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
+            return node
         check_channels(self, x, self.num_channels, "num_channels")
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act or self.act, residual)
+        act = self.act if act is None else chosen(act, self.act)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act, residual)
 
     def extra_repr(self) -> str:
         size = self.num_channels // self.num_groups

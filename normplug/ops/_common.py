@@ -24,12 +24,15 @@ __all__ = [
     "check_tensor",
     "dense",
     "for_backward",
+    "is_recorded",
     "per_channel",
     "recalled_bias",
     "recalled_residual",
     "with_plain_strides",
 ]
 
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 # What every op computes with; there are sums and kernels for no other kind of number.
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -120,6 +123,11 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
             f"{name} cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
             f"Use a number of groups that divides {x.shape[1]}."
         )
+
+
+def is_recorded() -> bool:
+    """Tell whether torch.jit traces or torch.export exports what is called."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and _is_exporting())
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
