@@ -136,6 +136,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         official_burnin_var: During burn-in divide by the unbiased standard deviation, as the authors' code does.
         skip_nonfinite: Leave the running statistics as they are where a batch would make one of them NaN or infinite,
             which nothing could undo. The output is that of the batch all the same.
+        bias: With affine, learn the bias.
 
     Shape:
         - Input: (N, C, *), one to three spatial axes; N = 0 is fine.
@@ -177,6 +178,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         official_burnin_var: bool = False,
         skip_nonfinite: bool = False,
         *,
+        bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -184,6 +186,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             if value not in known:
                 raise ValueError(f"CBN knows {name} {known[0]!r} and {known[1]!r}, but got {value!r}.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
         self.buffer_num, self.burnin, self.rho = buffer_num, burnin, rho
         self.eps_mode, self.rule, self.act = eps_mode, rule, act
         self.official_burnin_var, self.skip_nonfinite = official_burnin_var, skip_nonfinite

@@ -36,6 +36,7 @@ class GroupNorm(nn.GroupNorm):
         eps: Added to the variance, inside the root.
         affine: Learn weight and bias per channel.
         act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None.
+        bias: With affine, learn the bias.
 
     A call may bring what else the op does in the same pass: ``residual``, added before the activation, and ``act``, in
     place of the layer's own.
@@ -68,6 +69,7 @@ class GroupNorm(nn.GroupNorm):
         affine: bool = True,
         act: str | None = None,
         *,
+        bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -79,7 +81,15 @@ class GroupNorm(nn.GroupNorm):
             device=device,
             dtype=dtype,
         )
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
         self.act = act
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:  # nn.GroupNorm of older torch takes it for granted
+            nn.init.zeros_(self.bias)
 
     @property
     def num_features(self) -> int:
@@ -95,10 +105,11 @@ class GroupNorm(nn.GroupNorm):
 
     def extra_repr(self) -> str:
         size = self.num_channels // self.num_groups
+        bias = ", bias=False" if self.affine and self.bias is None else ""
         act = f", act={self.act!r}" if self.act else ""
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, channels_per_group={size}, eps={self.eps}, "
-            f"affine={self.affine}{act}"
+            f"affine={self.affine}{bias}{act}"
         )
 
 

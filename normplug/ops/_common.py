@@ -130,12 +130,22 @@ def is_recorded() -> bool:
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and _is_exporting())
 
 
+class _Wide(dict):
+    """Refuses what is no real number: of a complex one a cast would leave the real part."""
+
+    def __missing__(self, dtype: torch.dtype) -> torch.dtype:
+        raise TypeError(f"normplug computes with float16, bfloat16, float32 and float64, but got a tensor of {dtype}.")
+
+
+_WIDE = _Wide({dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES})
+
+
 def acc_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of statistics and sums over x: float32, or float64 for a float64 x.
 
     Where squares of x, or their sum, pass its largest number, a norm returns 0 or NaN, as torch's own do.
     """
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _WIDE[x.dtype]
 
 
 def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
