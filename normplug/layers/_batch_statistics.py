@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops._common import acc_dtype
@@ -161,6 +162,8 @@ class ConversionGuard(nn.Module):
         """Return what a stock layer would not do, or nothing if it would do the same."""
         raise NotImplementedError
 
+    __jit_unused_properties__ = ("qconfig",)
+
     @property
     def qconfig(self) -> Any:
         if "_qconfig" in self.__dict__:
@@ -218,6 +221,15 @@ class LocalBatchNorm(ConversionGuard):
         return "its skip_nonfinite" if self.skip_nonfinite else ""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            assert not (self.training and self.skip_nonfinite), "skip_nonfinite has no form in TorchScript: call eval()"
+            own = self.weight, self.bias, self.momentum, self.eps, self.act
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            return scripted.batch_norm(x, *running, *own, self.training, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
             return node
         check_channels(self, x, self.num_features)

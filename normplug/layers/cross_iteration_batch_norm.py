@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers import _convolution_trace as trace
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import (
     ConversionGuard,
     normalize_by_running,
@@ -198,6 +199,15 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         trace.follow(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            assert not self.training, "CBN is trained in Python alone: call eval() before what TorchScript made of it"
+            var, eps = scripted.inside_root(self.running_var, self.eps, self.eps_mode, x)
+            own = self.weight, self.bias, self.momentum, eps, self.act
+            return scripted.batch_norm(x, self.running_mean, var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
             return node
         check_channels(self, x, self.num_features)

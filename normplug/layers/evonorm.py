@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import update_running, values_per_channel
 from normplug.layers._checks import check_channels, check_has_statistics, checked, has_single_values
 from normplug.layers._contained_activation import ContainedActivation
@@ -91,6 +92,15 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
         self._set_up(apply_act, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self.v is None:
+                return scripted.affine(x, self.weight, self.bias, x)
+            else:
+                return scripted.evonorm_s0(x, self.num_groups, self.weight, self.bias, self.v, self.eps)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x)) is not None:
             return node
         check_channels(self, x, self.num_channels, "num_channels")
@@ -149,7 +159,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
     _abbr_ = "bn"  # the attribute's name in a backbone: weight, bias and running_var of BN checkpoints find their place
     _name_ = "EvoNormB0"
     _aliases = (*_EvoNorm._aliases, ("moving_variance", "running_var"))
-    _ignored = ("running_mean", "num_batches_tracked")
+    _ignored = ("running_mean", "num_batches_tracked", "running_var")
     op = "evonorm_b0"
     family = "evonorm"
     contains_activation = True
@@ -184,11 +194,20 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         self.batch_statistics = False
         if "running_var" in self._buffers:
             del self.running_var
-        self._ignored = (*EvoNormB0._ignored, "running_var")
 
     drop_activation.__doc__ = _EvoNorm.drop_activation.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self.v is None:
+                return scripted.affine(x, self.weight, self.bias, x)
+            else:
+                assert not self.training, "EvoNormB0 is trained in Python alone: call eval() before TorchScript's layer"
+                return scripted.evonorm_b0(x, self.weight, self.bias, self.v, self.running_var, self.eps)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x)) is not None:
             return node
         check_channels(self, x, self.num_channels, "num_channels")

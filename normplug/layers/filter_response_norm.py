@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, checked, has_single_values
 from normplug.layers._contained_activation import ContainedActivation
 from normplug.layers._symbolic import Proxy, node_of
@@ -83,6 +84,12 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
             nn.init.constant_(self.eps_l, 1e-4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return scripted.filter_response_norm(x, self.weight, self.bias, self.tau, self.eps, self.eps_l)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x)) is not None:
             return node
         check_channels(self, x, self.num_channels, "num_channels")
@@ -93,7 +100,7 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
             warnings.warn(
                 f"FRN got an input of shape {tuple(x.shape)}: over a single value it is nearly the sign of x, whose "
                 f"gradient vanishes with eps={eps}. Use learnable_eps=True, an eps of 1e-2, or larger maps.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return filter_response_norm(x, self.weight, self.bias, self.tau, eps)
 

@@ -1,8 +1,10 @@
 """FrozenBatchNorm: batch normalization whose statistics and parameters are constants."""
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import ConversionGuard, normalize_by_running
 from normplug.layers._checks import check_channels, checked
 from normplug.layers._symbolic import Proxy, chosen, node_of
@@ -63,6 +65,13 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
         return "what makes it frozen"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            own = self.weight, self.bias, self.momentum, self.eps, self.act
+            return scripted.batch_norm(x, self.running_mean, self.running_var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
             return node
         check_channels(self, x, self.num_features)

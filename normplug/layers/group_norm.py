@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, checked
 from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops.group_norm import group_norm
@@ -97,6 +99,13 @@ class GroupNorm(nn.GroupNorm):
         return self.num_channels
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            own = self.num_groups, self.weight, self.bias, self.eps, self.act
+            return scripted.group_norm(x, *own, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
             return node
         check_channels(self, x, self.num_channels, "num_channels")

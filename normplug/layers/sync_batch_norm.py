@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import LocalBatchNorm, update_running, values_per_channel
 from normplug.layers._checks import check_channels, check_has_statistics
 from normplug.layers._symbolic import Proxy, node_of
@@ -95,12 +96,22 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         self._agreed: torch.dtype | None = None  # of the input, when the ranks last compared what they have
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            assert not self.training, (
+                "SyncBN is trained in Python alone: call eval() before what TorchScript made of it"
+            )
+            own = self.weight, self.bias, self.momentum, self.eps, self.act
+            return scripted.batch_norm(x, self.running_mean, self.running_var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
             return node
         if self.training and self._world_size() > 1:
             self._check_with_others(x)
             return self._synchronized(x, residual, act or self.act)
-        return super().forward(x, residual, act)
+        return super()._forward(x, residual, act)
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):

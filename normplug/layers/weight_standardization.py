@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import checked
 from normplug.layers._symbolic import Proxy, node_of
 from normplug.ops._common import check_tensor, with_plain_strides
@@ -69,6 +70,14 @@ class _WSConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            own = self.weight, self.bias, self.stride, self.dilation, self.groups
+            padding = self._reversed_padding_repeated_twice, self.padding_mode
+            return scripted.convolution(x, *own, *padding, self.eps, self.correction, self.eps_inside)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             if (node := node_of(self, x)) is not None:
                 return node
