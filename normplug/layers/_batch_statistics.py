@@ -123,7 +123,7 @@ def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
 
 def _is_stock(x: Tensor, act: str | None, residual: Tensor | None, eps: float) -> bool:
     """Tell whether torch's own batch norm can do it: since 2.10 it refuses an eps of 0, in some versions always."""
-    return act is None and residual is None and x.numel() > 0 and eps * eps > 0 and is_exact_in_aten(x)
+    return act is None and residual is None and (x.numel() > 0) is not False and eps * eps > 0 and is_exact_in_aten(x)
 
 
 def normalize_by_running(
@@ -230,9 +230,11 @@ class LocalBatchNorm(ConversionGuard):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
-            return node
-        check_channels(self, x, self.num_features)
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_features)
         act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
             args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps

@@ -102,8 +102,6 @@ def _remedy(parameter: inspect.Parameter, value: Any) -> str:
 
 def check_channels(layer: nn.Module, x: Tensor, num_features: int, name: str = "num_features") -> None:
     """Raise TypeError if x is no dense floating-point tensor, ValueError if axis 1 of it is not num_features long."""
-    if isinstance(x, Proxy):  # what torch.fx traces has no shape yet
-        return
     kind = type(layer).__name__
     check_tensor(kind, x)
     if x.ndim < 2:
@@ -111,7 +109,7 @@ def check_channels(layer: nn.Module, x: Tensor, num_features: int, name: str = "
             f"{kind} expects an input of 2 axes or more, (N, C) and any spatial ones behind them, but got "
             f"{x.ndim}: {tuple(x.shape)}. Add the missing axes with unsqueeze."
         )
-    if x.shape[1] != num_features:
+    if (x.shape[1] != num_features) is True:  # a traced length is a tensor, which is not asked
         rest = ", *" if x.ndim > 2 else ""
         raise ValueError(
             f"{kind} was built with {name}={num_features}, so it expects input of shape (N, {num_features}{rest}), "

@@ -121,13 +121,18 @@ def maps(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x)).reshape(x.size(0), x.size(1), x.flatten(1).size(1) // x.size(1))
 
 
+def variance(x: Tensor) -> Tensor:
+    """Return the population variance of x (N, C, P) over P: (N, C, 1)."""
+    return (x - x.mean(2, keepdim=True)).square().mean(2, keepdim=True)
+
+
 def evonorm_s0(
     x: Tensor, num_groups: int, weight: Optional[Tensor], bias: Optional[Tensor], v: Tensor, eps: float
 ) -> Tensor:
     x3 = maps(x)
     size = x.size(1) // num_groups
-    var = x3.reshape(x.size(0), num_groups, size * x3.size(2)).var(2, unbiased=False)
-    rstd = (var + eps).rsqrt().repeat_interleave(size, 1).unsqueeze(2)
+    var = variance(x3.reshape(x.size(0), num_groups, size * x3.size(2)))
+    rstd = (var + eps).rsqrt().repeat_interleave(size, 1)
     return affine(x3 * torch.sigmoid(per_channel(v, x3) * x3) * rstd, weight, bias, x).view(x.shape)
 
 
@@ -135,7 +140,7 @@ def evonorm_b0(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], v: Tensor, batch_var: Tensor, eps: float
 ) -> Tensor:
     x3 = maps(x)
-    std = (x3.var(2, unbiased=False, keepdim=True) + eps).sqrt()
+    std = (variance(x3) + eps).sqrt()
     divisor = torch.maximum((per_channel(batch_var, x3) + eps).sqrt(), per_channel(v, x3) * x3 + std)
     return affine(x3 / divisor, weight, bias, x).view(x.shape)
 

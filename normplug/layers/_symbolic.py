@@ -12,8 +12,7 @@ def node_of(layer: nn.Module, x: Proxy, *others: Any) -> Proxy | None:
     """Return the node of a call that torch.fx traces: the layer as a whole, as torch's own norms are.
 
     So it stays what it is in the graph, in training too, and whoever looks for norms there finds it. A layer that is
-    traced by itself, or called by a module that does not hold it, cannot be named in a graph: None then, and what the
-    layer calls becomes nodes.
+    traced by itself cannot be named in its graph: None then, and what the layer calls becomes nodes.
 
     Args:
         layer: What is called.
@@ -23,10 +22,7 @@ def node_of(layer: nn.Module, x: Proxy, *others: Any) -> Proxy | None:
     args = [x, *others]
     while args[-1] is None:
         del args[-1]
-    try:
-        path = x.tracer.path_of_module(layer)
-    except NameError:
-        path = ""
+    path = x.tracer.path_of_module(layer)
     return x.tracer.create_proxy("call_module", path, tuple(args), {}) if path else None
 
 

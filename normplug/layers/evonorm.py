@@ -101,9 +101,11 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x)) is not None:
-            return node
-        check_channels(self, x, self.num_channels, "num_channels")
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         if not self.apply_act:
             return self._affine_only(x)
         if self.num_groups == self.num_channels and has_single_values(x):
@@ -208,9 +210,11 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x)) is not None:
-            return node
-        check_channels(self, x, self.num_channels, "num_channels")
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         if not self.apply_act:
             return self._affine_only(x)
         if not self.training:

@@ -90,9 +90,11 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x)) is not None:
-            return node
-        check_channels(self, x, self.num_channels, "num_channels")
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         eps = self.eps
         if self.eps_l is not None:
             eps = _learned(eps, self.eps_l, x)

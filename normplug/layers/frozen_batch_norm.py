@@ -72,9 +72,11 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
-            return node
-        check_channels(self, x, self.num_features)
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_features)
         act = self.act if act is None else chosen(act, self.act)
         args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         return normalize_by_running(*args, act, residual)

@@ -106,9 +106,11 @@ class GroupNorm(nn.GroupNorm):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
-            return node
-        check_channels(self, x, self.num_channels, "num_channels")
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         act = self.act if act is None else chosen(act, self.act)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act, residual)
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normplug.ops._registration import is_exporting
+
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
@@ -31,8 +33,6 @@ __all__ = [
     "with_plain_strides",
 ]
 
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 # What every op computes with; there are sums and kernels for no other kind of number.
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -96,11 +96,13 @@ def check_parameters(name: str, x: Tensor, **parameters: Tensor | None) -> None:
         raise ValueError(
             f"{name} expects an input of shape (N, C, *), but got {tuple(x.shape)}. Add the missing axes by unsqueeze."
         )
-    channels, device = (x.shape[1],), x.get_device()
+    # A length that is traced is a tensor, neither True nor False, and whoever asks it for its value is warned.
+    channels, device = x.shape[1], x.get_device()
     for parameter, value in parameters.items():
         if value is None:
             continue
-        if isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels:
+        is_one = isinstance(value, Tensor) and value.dtype in DTYPES and value.ndim == 1
+        if is_one and (value.shape[0] == channels) is not False:
             if value.get_device() == device:
                 continue
             raise ValueError(
@@ -118,7 +120,7 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
     """Raise ValueError if num_groups does not divide the channels of x (N, C, *)."""
     if not isinstance(num_groups, int) or isinstance(num_groups, bool):
         raise ValueError(f"{name} takes an integer as num_groups, but got {num_groups!r}. Give one, for example 32.")
-    if num_groups < 1 or x.shape[1] % num_groups:
+    if num_groups < 1 or (x.shape[1] % num_groups == 0) is False:
         raise ValueError(
             f"{name} cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
             f"Use a number of groups that divides {x.shape[1]}."
@@ -127,7 +129,7 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
 
 def is_recorded() -> bool:
     """Tell whether torch.jit traces or torch.export exports what is called."""
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and _is_exporting())
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and is_exporting())
 
 
 class _Wide(dict):
