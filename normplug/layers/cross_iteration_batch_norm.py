@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers import _convolution_trace as trace
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import (
     ConversionGuard,
     normalize_by_running,
@@ -17,6 +18,7 @@ from normplug.layers._batch_statistics import (
 )
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._convolution_padding import gives_size, padding_of
+from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -137,6 +139,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         official_burnin_var: During burn-in divide by the unbiased standard deviation, as the authors' code does.
         skip_nonfinite: Leave the running statistics as they are where a batch would make one of them NaN or infinite,
             which nothing could undo. The output is that of the batch all the same.
+        bias: With affine, learn the bias.
 
     Shape:
         - Input: (N, C, *), one to three spatial axes; N = 0 is fine.
@@ -178,6 +181,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         official_burnin_var: bool = False,
         skip_nonfinite: bool = False,
         *,
+        bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -185,6 +189,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             if value not in known:
                 raise ValueError(f"CBN knows {name} {known[0]!r} and {known[1]!r}, but got {value!r}.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
         self.buffer_num, self.burnin, self.rho = buffer_num, burnin, rho
         self.eps_mode, self.rule, self.act = eps_mode, rule, act
         self.official_burnin_var, self.skip_nonfinite = official_burnin_var, skip_nonfinite
@@ -196,10 +202,24 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         trace.follow(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-        check_channels(self, x, self.num_features)
-        act = act or self.act
+        if torch.jit.is_scripting():
+            assert not self.training, "CBN is trained in Python alone: call eval() before what TorchScript made of it"
+            var, eps = scripted.inside_root(self.running_var, self.eps, self.eps_mode, x)
+            own = self.weight, self.bias, self.momentum, eps, self.act
+            return scripted.batch_norm(x, self.running_mean, var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_features)
+        act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, act, residual, self.eps_mode == "outside")
+            args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+            return normalize_by_running(*args, act, residual, self.eps_mode == "outside")
         if not self.training or x.numel() == 0:
             check_has_statistics(self, x, values_per_channel(x))
             trace.forget(x)

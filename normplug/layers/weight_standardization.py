@@ -5,10 +5,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
-import torch.fx
+import torch
 from torch import Tensor, nn
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import checked
+from normplug.layers._symbolic import Proxy, node_of
 from normplug.ops._common import check_tensor, with_plain_strides
 from normplug.ops._registration import in_torch
 from normplug.ops.weight_standardize import weight_standardize, weight_standardize_many
@@ -17,9 +19,6 @@ from normplug.ops.weight_standardize import weight_standardize, weight_standardi
 __all__ = ["WSConv1d", "WSConv2d", "WSConv3d"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-for _name in ("weight_standardize", "check_tensor", "with_plain_strides"):
-    torch.fx.wrap(_name)  # symbolic tracing stops here: inside, it would meet their checks
 
 
 class _WSConv(nn.Module):
@@ -71,9 +70,21 @@ class _WSConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tensor(type(self).__name__, x)
-        if not in_torch():
-            x = with_plain_strides(x)  # others that an axis of length 1 may have end in an error in backward, on a CPU
+        if torch.jit.is_scripting():
+            own = self.weight, self.bias, self.stride, self.dilation, self.groups
+            padding = self._reversed_padding_repeated_twice, self.padding_mode
+            return scripted.convolution(x, *own, *padding, self.eps, self.correction, self.eps_inside)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_tensor(type(self).__name__, x)
+            if not in_torch():  # other strides of an axis of length 1 are an error in backward, on a CPU
+                x = with_plain_strides(x)
         return super()._conv_forward(x, self.standardized_weight(), self.bias)
 
     def standardized_weight(self) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normplug.ops._registration import is_exporting
+
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
@@ -24,6 +26,7 @@ __all__ = [
     "check_tensor",
     "dense",
     "for_backward",
+    "is_recorded",
     "per_channel",
     "recalled_bias",
     "recalled_residual",
@@ -93,11 +96,13 @@ def check_parameters(name: str, x: Tensor, **parameters: Tensor | None) -> None:
         raise ValueError(
             f"{name} expects an input of shape (N, C, *), but got {tuple(x.shape)}. Add the missing axes by unsqueeze."
         )
-    channels, device = (x.shape[1],), x.get_device()
+    # A length that is traced is a tensor, neither True nor False, and whoever asks it for its value is warned.
+    channels, device = x.shape[1], x.get_device()
     for parameter, value in parameters.items():
         if value is None:
             continue
-        if isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels:
+        is_one = isinstance(value, Tensor) and value.dtype in DTYPES and value.ndim == 1
+        if is_one and (value.shape[0] == channels) is not False:
             if value.get_device() == device:
                 continue
             raise ValueError(
@@ -115,11 +120,26 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
     """Raise ValueError if num_groups does not divide the channels of x (N, C, *)."""
     if not isinstance(num_groups, int) or isinstance(num_groups, bool):
         raise ValueError(f"{name} takes an integer as num_groups, but got {num_groups!r}. Give one, for example 32.")
-    if num_groups < 1 or x.shape[1] % num_groups:
+    if num_groups < 1 or (x.shape[1] % num_groups == 0) is False:
         raise ValueError(
             f"{name} cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
             f"Use a number of groups that divides {x.shape[1]}."
         )
+
+
+def is_recorded() -> bool:
+    """Tell whether torch.jit traces or torch.export exports what is called."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and is_exporting())
+
+
+class _Wide(dict):
+    """Refuses what is no real number: of a complex one a cast would leave the real part."""
+
+    def __missing__(self, dtype: torch.dtype) -> torch.dtype:
+        raise TypeError(f"normplug computes with float16, bfloat16, float32 and float64, but got a tensor of {dtype}.")
+
+
+_WIDE = _Wide({dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES})
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -127,7 +147,7 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 
     Where squares of x, or their sum, pass its largest number, a norm returns 0 or NaN, as torch's own do.
     """
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _WIDE[x.dtype]
 
 
 def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ ranks (SyncBN), or statistics of earlier iterations (CBN).
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._common import (
     RELU_OF_OUTPUT,
@@ -22,6 +23,7 @@ from normplug.ops._common import (
     dense,
     for_backward,
     is_channels_last,
+    is_recorded,
     per_channel,
     recalled_residual,
     with_plain_strides,
@@ -69,6 +71,8 @@ def batch_norm_act(
     Reference:
         S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithm 1.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(batch_norm_act, (x,), x, weight, bias, eps, act, residual)
     check_act(act)
     check_parameters("batch_norm_act", x, weight=weight, bias=bias)
     check_residual("batch_norm_act", x, residual)
@@ -136,6 +140,9 @@ def batch_normalize(
         ValueError: If x has no channel axis, the activation is unknown, residual is not shaped as x, a statistic or
             parameter is not (C,), or only one of the shares is given.
     """
+    if has_torch_function_unary(x):
+        args = x, mean, rstd, weight, bias, act, residual, mean_share, var_share
+        return handle_torch_function(batch_normalize, (x,), *args)
     check_act(act)
     shares = {"mean_share": mean_share, "var_share": var_share}
     check_parameters("batch_normalize", x, mean=mean, rstd=rstd, weight=weight, bias=bias, **shares)
@@ -246,7 +253,8 @@ def stock_batch_norm(
     choice: with the strides of its layout, and if that is the contiguous one, with one axis of positions.
     """
     args = running_mean, running_var, weight, bias, training, momentum, eps
-    if not x.is_cpu or x.ndim < 4 or 1 not in x.shape or not torch.is_grad_enabled():
+    # A graph for others to run, at other sizes, must not depend on this one's.
+    if not (x.is_cpu and x.ndim > 3 and torch.is_grad_enabled()) or is_recorded() or 1 not in x.shape:
         return F.batch_norm(x, *args)
     if x.is_contiguous():
         return F.batch_norm(x.flatten(2), *args).view(x.shape)

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
 from normplug.ops._common import acc_dtype, affine, as_parameter, check_parameters, dense, per_channel, recalled_bias
@@ -44,6 +45,8 @@ def evonorm_b0(
     Reference:
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(evonorm_b0, (x,), x, weight, bias, v, batch_var, eps)
     check_parameters("evonorm_b0", x, weight=weight, bias=bias, v=v, batch_var=batch_var)
     if in_torch():
         y, var = formula(x, weight, bias, v, batch_var, eps)

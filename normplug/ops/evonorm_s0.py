@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
 from normplug.ops._common import (
@@ -53,6 +54,8 @@ def evonorm_s0(
     Reference:
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(evonorm_s0, (x,), x, num_groups, weight, bias, v, eps)
     check_parameters("evonorm_s0", x, weight=weight, bias=bias, v=v)
     check_groups("evonorm_s0", x, num_groups)
     if in_torch():

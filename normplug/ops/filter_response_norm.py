@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
 from normplug.ops._common import acc_dtype, affine, check_parameters, dense, per_channel
@@ -39,6 +40,8 @@ def filter_response_norm(
         S. Singh, S. Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of
         Deep Neural Networks", CVPR 2020, eq. 1 to 3.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(filter_response_norm, (x,), x, weight, bias, tau, eps)
     check_parameters("filter_response_norm", x, weight=weight, bias=bias, tau=tau)
     if tau is None:
         tau = weight.new_full(weight.shape, float("-inf"))

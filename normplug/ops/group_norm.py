@@ -6,6 +6,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import Block, blocks, planes, sample_blocks
 from normplug.ops._common import (
@@ -65,6 +66,8 @@ def group_norm(
     Reference:
         Y. Wu, K. He, "Group Normalization", ECCV 2018, eq. 1, 2 and 7.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(group_norm, (x,), x, num_groups, weight, bias, eps, act, residual)
     check_act(act)
     check_parameters("group_norm", x, weight=weight, bias=bias)
     check_groups("group_norm", x, num_groups)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import row_blocks
 from normplug.ops._common import acc_dtype, check_tensor, dense, is_channels_last
@@ -43,6 +44,8 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, correction: int = 1, e
         S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", arXiv
         1903.10520; the defaults are those of the authors' PyTorch code (unbiased, eps outside the root).
     """
+    if has_torch_function_unary(weight):
+        return handle_torch_function(weight_standardize, (weight,), weight, eps, correction, eps_inside)
     return weight_standardize_many([weight], eps, correction, eps_inside)[0]
 
 
