@@ -36,14 +36,18 @@ class ActivatesAtTheEnd:
     """A block whose one activation is left behind its sum only, which is the last thing that it does."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.last_activation(super().forward(*args, **kwargs))
+        return self._activate_last(super().forward(*args, **kwargs))
+
+    def _activate_last(self, sums: Any) -> Any:
+        """Activate a tensor, or each of a list: a block of TridentNet has one for each of its branches."""
+        return [self.last_activation(x) for x in sums] if isinstance(sums, list) else self.last_activation(sums)
 
 
 class ActivatesAtTheEndOfRFP(ActivatesAtTheEnd):
     """The same for DetectoRS, whose backbone calls the layers of its blocks in another method once more."""
 
     def rfp_forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.last_activation(super().rfp_forward(*args, **kwargs))
+        return self._activate_last(super().rfp_forward(*args, **kwargs))
 
 
 @dataclass
@@ -54,7 +58,7 @@ class _Use:
     of: nn.Module | None  # None if it is no part of the module
     behind: nn.Module | None = None  # the norm
     method: str = "forward"
-    is_last: bool = False  # what it gives is what the method returns
+    is_last: bool = False  # what it gives, and nothing else, is what the method returns
 
 
 @dataclass
@@ -208,6 +212,7 @@ def _look_at_forward(module: nn.Module, path: str, ends: dict[nn.Module, nn.Modu
     for method, graph in graphs.items():
         origin: dict[fx.Node, fx.Node] = {}
         (output,) = (node for node in graph.nodes if node.op == "output")
+        returned = _returned(output.args[0])
         for node in graph.nodes:
             called, sources = _called(node, module), [origin[n] for n in node.all_input_nodes]
             norms = [ends[part] for part in (_called(n, module) for n in sources) if part in own and part in ends]
@@ -216,12 +221,21 @@ def _look_at_forward(module: nn.Module, path: str, ends: dict[nn.Module, nn.Modu
                 origin[node] = sources[0]
             elif _is_activation(node, called) and (norms or called in own):
                 of, behind = called if called in own else None, norms[0] if norms else None
-                one.uses.append(_Use(_name(node), of, behind, method, output.args[0] is node))
+                is_last = len(node.users) == 1 and node in returned and {n.target for n in returned} == {node.target}
+                one.uses.append(_Use(_name(node), of, behind, method, is_last))
             elif node is output and len(sources) == 1 and output.args[0] is node.all_input_nodes[0] and norms:
                 one.end = norms[0]
             else:
                 one.bare += norms
     return one
+
+
+def _returned(value: Any) -> list[fx.Node]:
+    """Return where that comes from what a method returns: one value, those of a list, or those of a concatenation."""
+    if isinstance(value, fx.Node) and _name(value) in ("cat", "concat") and len(value.users) == 1:
+        value = value.args[0]
+    values = value if isinstance(value, list) else [value]
+    return list(values) if all(isinstance(one, fx.Node) for one in values) else []
 
 
 def _called(node: fx.Node, module: nn.Module) -> nn.Module | None:
@@ -299,7 +313,7 @@ def _changes(one: _Seen, owners: dict) -> Iterator[tuple[str, type | None]]:
         others = [use for use in uses if use.behind is None]
         if uses[0].of is None:
             raise _refusal(norm, one.path, one.module, f"calls {name} behind it, which is none of its parts")
-        mixin = _AT_THE_END.get(tuple(use.method for use in others)) if others else None
+        mixin = _AT_THE_END.get(tuple(dict.fromkeys(use.method for use in others))) if others else None
         if others and (mixin is None or not all(use.is_last for use in others) or list(uses[0].of.parameters())):
             why = f"uses {name} behind the norm and in the midst of its forward"
             raise _refusal(norm, one.path, one.module, why)

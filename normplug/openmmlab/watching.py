@@ -12,6 +12,9 @@ from torch import fx, nn
 
 __all__ = ["watch"]
 
+# What a list of unknown length has: more than any list of modules that is gone through beside it.
+MANY = 64
+
 
 def watch(module: nn.Module, method: str = "forward") -> fx.Graph:
     """Return the graph of what a method of a module's class does to the tensors, or lists of tensors, that it is given.
@@ -56,7 +59,10 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
 
     def __len__(self) -> int:
-        return len(list(self.tracer.iter(self)))
+        count = self.tracer.count(self.node)
+        if count is None:
+            raise TypeError("how many values there are depends on the input")
+        return count
 
 
 class _OfOneModule(fx.Tracer):
@@ -83,16 +89,18 @@ class _OfOneModule(fx.Tracer):
         return function, args
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        """Give what a loop, or ``*x.shape[2:]``, takes from the sizes of an x with the axes of the convolutions."""
-        part, node = slice(None), obj.node
+        """Give what a loop takes: of the sizes of an x as many as the convolutions have axes, of anything else many."""
+        count = self.count(obj.node)
+        return (obj[i] for i in range(MANY if count is None else count))
+
+    def count(self, node: fx.Node) -> int | None:
+        """Return how many sizes a node stands for, None if it stands for something else."""
+        part = slice(None)
         if _name(node) == "getitem" and isinstance(node.args[1], slice):
-            part, node = node.args[1], node.args[0]
-        is_shape = (_name(node) == "getattr" and node.args[1] == "shape") or (
-            _name(node) == "size" and len(node.args) == 1
-        )
-        if self.axes is None or not is_shape:
-            raise TypeError("how many values there are depends on the input")
-        return (obj[i] for i in range(len(range(self.axes)[part])))
+            node, part = node.args
+        is_shape = _name(node) == "getattr" and node.args[1] == "shape"
+        is_shape = is_shape or (_name(node) == "size" and len(node.args) == 1)
+        return len(range(self.axes)[part]) if is_shape and self.axes is not None else None
 
 
 def _name(node: fx.Node) -> str:
