@@ -83,10 +83,10 @@ def test_mmcv_ops_import_on_mmcv_lite():
     from mmcv.utils.ext_loader import check_ops_exist, load_ext
 
     assert check_ops_exist()
-    assert load_ext("_ext", ["nms", "carafe_forward"]).nms is mmcv_ops.OPS["nms"]
+    assert load_ext("_ext", ["nms", "knn_forward"]).nms is mmcv_ops.OPS["nms"]
     assert "normplug" in get_compiler_version()
-    with pytest.raises(NotImplementedError, match="carafe_forward"):
-        ext.carafe_forward()
+    with pytest.raises(NotImplementedError, match="knn_forward"):
+        ext.knn_forward()
 
 
 @pytest.mark.skipif(not HAS_MMACTION, reason="needs mmaction2")

@@ -6,7 +6,6 @@ import io
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from normplug.layers import CrossIterationBatchNorm, SyncBatchNorm, WSConv2d
 from normplug.layers import _convolution_trace as trace
-from normplug.layers.cross_iteration_batch_norm import Entry
+from normplug.layers._convolution_padding import padding_of
+from normplug.openmmlab.adapt import adapt
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 from normplug.registry import MODELS
 
@@ -479,19 +479,89 @@ def evaluation(net):
     net.train()
 
 
-def test_one_imprecise_channel_is_no_transformed_weight():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_one_imprecise_channel_is_no_transformed_weight(dtype):
     """Where products cancel a channel may be off by its own size in half precision; a wrong weight is off in all."""
-    net = pair(buffer_num=2)
-    mean = torch.ones(net.norm.num_features)
-    product = mean.clone()
-    product[0] = 0.9
-    other = torch.zeros(1)
-    entry = Entry(mean, torch.ones_like(mean), other, other, product, other)
-    conv = SimpleNamespace(module=nn.Conv2d(3, len(mean), 1, bias=False))
-    net.norm._verify(entry, conv)
-    net.norm._verified = False
-    with pytest.raises(ValueError, match="not the convolution"):
-        net.norm._verify(entry._replace(mean_product=product * 0.9), conv)
+    conv = nn.Conv2d(64, C, 3, bias=False)
+    with torch.no_grad():
+        conv.weight[0] = torch.randn(64, 1, 1) * torch.tensor([1.0, -2.0, 1.0])
+    x = (100 + torch.randn(2, 64, 9, 9)).to(dtype)
+    y = conv.to(dtype)(x)
+    assert padding_of(trace.Convolution(conv, x), y) == trace.Convolution(conv, x).geometry
+    assert padding_of(trace.Convolution(conv, x), y * 1.1) is None
+
+
+# --- convolutions that pad in their own forward
+
+
+class Padding(nn.Conv2d):
+    """Pads its input by the same amount always, and says nothing of it."""
+
+    def __init__(self, *args, amount=(1, 1, 1, 1), mode="constant", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.amount, self.mode = amount, mode
+
+    def forward(self, x):
+        return super().forward(F.pad(x, self.amount, self.mode))
+
+
+def adaptive(**kwargs):
+    return MODELS.build(dict(type="Conv2dAdaptivePadding", in_channels=4, out_channels=C, **kwargs))
+
+
+def timms(**kwargs):
+    return pytest.importorskip("timm.layers").Conv2dSame(4, C, **kwargs)
+
+
+OWN_PADDING = {
+    "adaptive": lambda: adaptive(kernel_size=3, stride=2),
+    "adaptive-5": lambda: adaptive(kernel_size=5, stride=2, bias=False),
+    "adaptive-dilated": lambda: adaptive(kernel_size=3, dilation=2),
+    "adaptive-pointwise": lambda: adaptive(kernel_size=1),
+    "timm": lambda: timms(kernel_size=4, stride=3),
+    "constant": lambda: Padding(4, C, 3, stride=2),
+    "wide": lambda: Padding(4, C, 3, stride=2, amount=(3, 3, 3, 3)),
+    "reflect": lambda: Padding(4, C, 3, amount=(2, 2, 2, 2), mode="reflect"),
+    "circular": lambda: Padding(4, C, 3, stride=2, mode="circular"),
+    "besides": lambda: Padding(4, C, 3, padding=1, dilation=2),
+}
+
+
+class Inputs(torch.overrides.TorchFunctionMode):
+    """Holds what the last convolution got."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.conv2d:
+            self.seen = args[0]
+        return function(*args, **(kwargs or {}))
+
+
+class Explicit(nn.Module):
+    """A plain convolution with the filters of another, of what that one makes of its input by padding."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.plain = nn.Conv2d(
+            4, C, own.kernel_size, own.stride, own.padding, own.dilation, bias=own.bias is not None
+        ).to(own.weight)
+        self.plain.load_state_dict(own.state_dict())
+        self.own = [own.eval()]
+
+    def forward(self, x):
+        with torch.no_grad(), Inputs() as inputs:
+            self.own[0](x)
+        return self.plain(inputs.seen)
+
+
+@pytest.mark.parametrize("kind", OWN_PADDING)
+def test_equals_a_convolution_behind_a_padding_that_all_can_see(kind):
+    conv = OWN_PADDING[kind]().to(DEVICE, torch.float64)
+    net = Pair(conv, CBN(C, buffer_num=2).to(DEVICE, torch.float64))
+    wanted = Pair(Explicit(copy.deepcopy(conv)), copy.deepcopy(net.norm))
+    xs = [batch(size=size) for size in [(9, 8), (9, 8), (8, 7), (12, 15), (9, 8)]]
+    for got, want in zip(train(net, xs), train(wanted, xs), strict=True):
+        close(list(got.values()), list(want.values()))
+    assert lengths(net.norm) == {0: 2}
 
 
 @pytest.mark.parametrize("event", [new_weights, evaluation])
@@ -778,6 +848,20 @@ def without():
     return nn.Sequential(nn.Linear(9, 9), CBN(4))
 
 
+class Halved(nn.Module):
+    """Does something by a function, which no hook hears of."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, C, 3), CBN(C)
+
+    def __getitem__(self, _):
+        return self.norm
+
+    def forward(self, x):
+        return self.norm(self.conv(x) / 2)
+
+
 def twice():
     return nn.Sequential(nn.Conv2d(4, C, 3), CBN(C), CBN(C))
 
@@ -798,13 +882,14 @@ class Doubled(nn.Conv2d):
     [
         (transposed, "transposed convolution"),
         (in_place, "changed in place"),
-        (between, r"is none\. The last convolution before was Conv2d"),
-        (without, r"\(2, 4, 7, 9\) that it got is none\. CrossIter"),
+        (between, r"is none\. It is the output of torch\.nn\.modules\.activation\.ReLU\."),
+        (without, r"\(2, 4, 7, 9\) that it got is none\. It is the output of torch\.nn\.modules\.linear\.Linear\."),
+        (Halved, r"is none\. The last convolution before was Conv2d"),
         (twice, "is none"),
         (frozen_in_evaluation, "in training mode"),
         (lambda: nn.Sequential(Doubled(4, C, 3), CBN(C)), "standardized_weight"),
     ],
-    ids=["transposed", "in-place", "between", "without", "twice", "conv-in-eval", "other-weight"],
+    ids=["transposed", "in-place", "between", "without", "no-module", "twice", "conv-in-eval", "other-weight"],
 )
 @pytest.mark.parametrize("burnin", [0, 5])
 def test_what_is_not_the_output_of_a_convolution_is_refused_at_once(build, message, burnin):
@@ -940,6 +1025,10 @@ MODELS_WITH_CBN = {
     "resnet-bottleneck": (R18 | {"depth": 50, "style": "caffe"}, lambda: tensor(2, 3, 64, 64)),
     "resnet-checkpointed": (R18 | {"with_cp": True}, lambda: tensor(2, 3, 64, 64)),
     "resnet-ws": (R18 | {"conv_cfg": {"type": "ConvWS"}}, lambda: tensor(2, 3, 64, 64)),
+    "efficientnet": (
+        {"type": "mmdet.EfficientNet", "arch": "b0", "norm_cfg": NORM, "norm_eval": False, "out_indices": (2, 3)},
+        lambda: tensor(2, 3, 65, 64),
+    ),
     "fpn": (
         {"type": "mmdet.FPN", "in_channels": [4, 8, 8, 16], "out_channels": 8, "num_outs": 5, "norm_cfg": NORM},
         lambda: pyramid((4, 8, 8, 16)),
@@ -1038,3 +1127,61 @@ def test_stock_models_train_from_a_bare_norm_cfg(name):
         assert lengths(norm) == dict.fromkeys(range(levels), 2), path
         assert norm.cbn_calls == 4
         assert norm.num_batches_tracked == 4 * levels
+
+
+# --- refused when a model is built
+
+
+def conv_cfg(name):
+    return lambda: MODELS.build(dict(type=name, in_channels=4, out_channels=C, kernel_size=3))
+
+
+NO_CONVOLUTIONS = {
+    "DCN": (conv_cfg("DCN"), r"It is the output of mmcv\S+\.DeformConv2dPack\(4, 6, kernel_size=\(3, 3\)\)"),
+    "DCNv2": (conv_cfg("DCNv2"), r"It is the output of mmcv\S+\.ModulatedDeformConv2dPack\(4, 6"),
+    "ConvAWS": (conv_cfg("ConvAWS"), r"follows ConvAWS2d\(4, 6"),
+    "NormedConv2d": (conv_cfg("mmdet.NormedConv2d"), r"follows NormedConv2d\(4, 6"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, C, 3), "transposed convolution"),
+    "other-weight": (lambda: Doubled(4, C, 3), "standardized_weight"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONVOLUTIONS)
+def test_what_is_no_convolution_is_refused_when_the_model_is_built(name):
+    pytest.importorskip("mmdet.models")
+    build, message = NO_CONVOLUTIONS[name]
+    for net in (nn.Sequential(build(), CBN(C)), nn.ModuleDict({"conv2": build(), "bn2": CBN(C)})):
+        at = ("1", "0") if isinstance(net, nn.Sequential) else ("bn2", "conv2")
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match=f"{at[0]} cannot be CBN behind {at[1]}. .*{message}"):
+            adapt(net)
+        assert torch.equal(torch.get_rng_state(), state)
+        adapt(net.eval())
+
+
+def test_what_trains_is_built():
+    for own in OWN_PADDING.values():
+        adapt(nn.Sequential(own(), CBN(C)))
+    adapt(nn.Sequential(nn.Linear(4, 4), CBN(C)))
+    adapt(nn.Sequential(CBN(4), nn.Conv2d(4, C, 3)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"layer4\.0\.bn2 cannot be CBN behind layer4\.0\.conv2\. .*\.ModulatedDeformConv2dPack\(64, 64"),
+        ({"norm_eval": True}, ""),  # the statistics of its batches are not asked for
+        ({"norm_cfg": NORM | {"buffer_num": 0}}, ""),  # batch normalization
+    ],
+)
+def test_a_backbone_with_deformable_convolutions(settings, message):
+    pytest.importorskip("mmdet.models")
+    dcn = {"dcn": dict(type="DCNv2", deform_groups=1), "stage_with_dcn": (False, False, False, True), "depth": 50}
+    if not message:
+        assert len(MODELS.build(R18 | dcn | settings).layer4) == 3
+        return
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(R18 | dcn | settings)
+    head = dict(type="mmdet.FPN", in_channels=[4], out_channels=8, num_outs=1, norm_cfg=NORM)
+    with pytest.raises(ValueError, match=r"lateral_convs\.0\.bn cannot be CBN behind lateral_convs\.0\.conv\. "):
+        MODELS.build(head | {"conv_cfg": dict(type="DCNv2")})

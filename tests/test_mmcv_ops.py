@@ -95,13 +95,20 @@ def roi_pool_oracle(x, rois, size, scale):
 
 
 def zero_bilinear(planes: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Deformable convolution's sample of (C, H, W): zeros all around the image."""
+    """Deformable convolution's sample of (C, H, W): zeros all around the image.
+
+    The slope is the one towards the next pixel, and there is none from one whole pixel outside: that is mmcv's rule.
+    """
     _, height, width = planes.shape
     total = planes.new_zeros(len(planes))
+    if y <= -1 or x <= -1 or y >= height or x >= width:
+        return total
     top, left = math.floor(y.item()), math.floor(x.item())
-    for i, j in product((top, top + 1), (left, left + 1)):
+    for (i, row), (j, column) in product(
+        ((top, top + 1 - y), (top + 1, y - top)), ((left, left + 1 - x), (left + 1, x - left))
+    ):
         if 0 <= i < height and 0 <= j < width:
-            total = total + planes[:, i, j] * linear_share(y, i) * linear_share(x, j)
+            total = total + planes[:, i, j] * row * column
     return total
 
 
@@ -354,6 +361,228 @@ def test_roi_pool():
     assert torch.equal(image.gather(1, argmax[0].flatten(1).long()), got[0].flatten(1))
 
 
+def rotated_oracle(x, rois, size, scale, ratio, aligned, clockwise):
+    pooled = []
+    for image, cx, cy, w, h, angle in rois:
+        cx, cy = (v * scale - (0.5 if aligned else 0) for v in (cx, cy))
+        w, h = w * scale, h * scale
+        if not aligned:
+            w, h = max(w, 1.0), max(h, 1.0)
+        angle = -angle if clockwise else angle
+        down, across = (ratio, ratio) if ratio > 0 else (math.ceil(h / size[0]), math.ceil(w / size[1]))
+        for i, j in product(range(size[0]), range(size[1])):
+            samples = []
+            for a, b in product(range(down), range(across)):
+                y, z = -h / 2 + (i + (a + 0.5) / down) * h / size[0], -w / 2 + (j + (b + 0.5) / across) * w / size[1]
+                y, z = y * math.cos(angle) - z * math.sin(angle), y * math.sin(angle) + z * math.cos(angle)
+                samples.append(clamped_bilinear(x[int(image)], y + cy, z + cx))
+            pooled.append(torch.stack(samples).mean(0))
+    return torch.stack(pooled).view(len(rois), *size, x.shape[1]).permute(0, 3, 1, 2)
+
+
+ROTATED_ROIS = [  # image, x, y, width, height, angle: inside, over the borders, thin, far outside
+    [1, 9.3, 8.1, 11.7, 6.2, 0.7],
+    [0, 1.0, 14.0, 16.0, 30.0, -2.3],
+    [0, 9.0, 4.0, 0.5, 9.0, 1.57],
+    [1, 60.0, 60.0, 9.0, 7.0, 0.3],
+]
+
+
+@pytest.mark.parametrize("clockwise", [True, False])
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_roi_align_rotated(aligned, ratio, clockwise):
+    ops = pytest.importorskip("mmcv.ops")
+    (x,) = leaves(torch.randn(2, 3, 9, 11, dtype=torch.float64))
+    want = rotated_oracle(x, ROTATED_ROIS, (3, 2), 0.5, ratio, aligned, clockwise)
+    rois = torch.tensor(ROTATED_ROIS, dtype=torch.float64)
+    got = ops.RoIAlignRotated((3, 2), 0.5, ratio, aligned, clockwise)(x, rois)
+    close(got.detach(), want.detach())
+    dy = torch.randn_like(want)
+    close(*(torch.autograd.grad(y, x, dy)[0] for y in (got, want)))
+
+
+def test_roi_align_rotated_without_samples_or_boxes():
+    ops = pytest.importorskip("mmcv.ops")
+    (x,) = leaves(torch.randn(1, 3, 9, 11))
+    flat = ops.roi_align_rotated(x, torch.tensor([[0, 4.0, 4.0, 0.0, 5.0, 0.3]]), 2, 1.0, 0)
+    assert not flat.any()
+    flat.sum().backward()
+    assert not x.grad.any()
+    assert ops.roi_align_rotated(x, torch.zeros(0, 6), 2, 1.0, 0).shape == (0, 3, 2, 2)
+    with pytest.raises(ValueError, match="negative"):
+        ops.roi_align_rotated(x, torch.tensor([[0, 4.0, 4.0, -1.0, 5.0, 0.3]]), 2, 1.0, 0)
+
+
+def moved_samples(box, move, size, scale, ratio, gamma):
+    """(bin row, bin column, y, x, number) of every sample of deformable RoI pooling, and the box's width and height."""
+    x1, y1, x2, y2 = (v * scale - 0.5 for v in box)
+    width, height = x2 - x1, y2 - y1
+    down, across = (ratio, ratio) if ratio > 0 else (math.ceil(height / size[0]), math.ceil(width / size[1]))
+    for i, j, a, b in product(range(size[0]), range(size[1]), range(down), range(across)):
+        y = y1 + (i + (a + 0.5) / down) * height / size[0]
+        x = x1 + (j + (b + 0.5) / across) * width / size[1]
+        if move is not None:
+            x, y = x + gamma * width * move[0, i, j], y + gamma * height * move[1, i, j]
+        yield i, j, float(y), float(x), down * across, width, height
+
+
+def deform_roi_pool_oracle(x, rois, offset, dy, size, scale, ratio, gamma):
+    """Values, and gradients of features and offset by the rule of mmcv's kernel, one sample at a time."""
+    _, _, height, width = x.shape
+    out = x.new_zeros(len(rois), x.shape[1], *size)
+    grad_x, grad_offset = torch.zeros_like(x), torch.zeros(len(rois), 2, *size, dtype=x.dtype)
+    for n, (image, *box) in enumerate(rois):
+        planes, move = x[int(image)], None if offset is None else offset[n]
+        for i, j, y, z, number, box_w, box_h in moved_samples(box, move, size, scale, ratio, gamma):
+            out[n, :, i, j] += clamped_bilinear(planes, y, z) / number
+            if not (-1 <= y <= height and -1 <= z <= width):
+                continue
+            inner_y, inner_z = min(max(y, 0.0), height - 1.0), min(max(z, 0.0), width - 1.0)
+            top, left = int(inner_y), int(inner_z)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            share = dy[n, :, i, j] / number
+            for row, column in {(top, left), (top, right), (bottom, left), (bottom, right)}:
+                part = linear_share(inner_y, row) * linear_share(inner_z, column)
+                grad_x[int(image), :, row, column] += share * part
+            if offset is None:
+                continue
+            rise = (planes[:, bottom, right] - planes[:, bottom, left]) * (y - top)
+            rise = rise + (planes[:, top, right] - planes[:, top, left]) * (bottom - y)
+            fall = (planes[:, bottom, right] - planes[:, top, right]) * (z - left)
+            fall = fall + (planes[:, bottom, left] - planes[:, top, left]) * (right - z)
+            grad_offset[n, 0, i, j] += gamma * box_w * (share * rise).sum()
+            grad_offset[n, 1, i, j] += gamma * box_h * (share * fall).sum()
+    return out, grad_x, grad_offset
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("moved", [True, False])
+def test_deform_roi_pool(moved, ratio):
+    ops = pytest.importorskip("mmcv.ops")
+    (x,) = leaves(torch.randn(2, 3, 9, 11, dtype=torch.float64))
+    rois = torch.tensor(ROIS, dtype=torch.float64)
+    offset = leaves(torch.randn(4, 2, 3, 2, dtype=torch.float64))[0] if moved else None
+    got = ops.deform_roi_pool(x, rois, offset, (3, 2), 0.5, ratio, 0.3)
+    dy = torch.randn_like(got)
+    detached = None if offset is None else offset.detach()
+    want, *grads = deform_roi_pool_oracle(x.detach(), ROIS, detached, dy, (3, 2), 0.5, ratio, 0.3)
+    close(got.detach(), want)
+    inputs = (x, offset) if moved else (x,)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs, dy), grads, strict=False):
+        close(ours, theirs)
+
+
+def test_deform_roi_pool_inside_an_image_is_differentiable():
+    ops = pytest.importorskip("mmcv.ops")
+    rois = torch.tensor([[0, 5.3, 6.1, 16.9, 15.2]], dtype=torch.float64)
+    x, offset = leaves(torch.randn(1, 2, 12, 12, dtype=torch.float64), torch.rand(1, 2, 2, 2, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda a, b: ops.deform_roi_pool(a, rois, b, (2, 2), 0.5, 2, 0.1), (x, offset))
+
+
+@pytest.mark.parametrize("name", ["DeformRoIPoolPack", "ModulatedDeformRoIPoolPack"])
+def test_deformable_roi_pooling_layers_train(name):
+    ops = pytest.importorskip("mmcv.ops")
+    layer = getattr(ops, name)(output_size=(3, 3), output_channels=2, deform_fc_channels=8)
+    for name, parameter in layer.named_parameters():
+        if name.endswith("weight"):  # the last layers begin with zeros, which let no gradient through
+            torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 2, 9, 11, requires_grad=True)
+    layer(x, torch.tensor(ROIS)).square().sum().backward()
+    assert x.grad.any()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+
+
+# ---- rotated boxes
+
+
+def corners_of(box):
+    x, y, w, h, angle = box
+    cos, sin = math.cos(angle), math.sin(angle)
+    local = [(-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2)]
+    return [(x + a * cos - b * sin, y + a * sin + b * cos) for a, b in local]
+
+
+def cut(polygon, start, end):
+    """What is left of a polygon on the inner side of a line."""
+
+    def side(p):
+        return (end[0] - start[0]) * (p[1] - start[1]) - (end[1] - start[1]) * (p[0] - start[0])
+
+    kept = []
+    for here, there in zip(polygon, polygon[1:] + polygon[:1], strict=True):
+        if side(here) >= 0:
+            kept.append(here)
+        if side(here) * side(there) < 0:
+            t = side(here) / (side(here) - side(there))
+            kept.append((here[0] + t * (there[0] - here[0]), here[1] + t * (there[1] - here[1])))
+    return kept
+
+
+def rotated_iou(a, b, of_the_first=False):
+    polygon, clip = corners_of(a), corners_of(b)
+    for start, end in zip(clip, clip[1:] + clip[:1], strict=True):
+        polygon = cut(polygon, start, end)
+    inter = sum(p[0] * q[1] - q[0] * p[1] for p, q in zip(polygon, polygon[1:] + polygon[:1], strict=True)) / 2
+    return inter / (a[2] * a[3] if of_the_first else a[2] * a[3] + b[2] * b[3] - inter)
+
+
+def some_rotated(n, dtype=torch.float64):
+    box = torch.rand(n, 5, dtype=torch.float64) * torch.tensor([30, 30, 20, 12, 7]) + torch.tensor([0, 0, 2, 2, -3.5])
+    return box.to(dtype)
+
+
+TOUCHING = [  # pairs with their IoU: the same, turned by 90 degrees, one inside the other, side by side, a corner
+    ([5.0, 5, 4, 4, 0.3], [5, 5, 4, 4, 0.3], 1.0),
+    ([5, 5, 4, 2, 0], [5, 5, 2, 4, math.pi / 2], 1.0),
+    ([5, 5, 6, 6, 0.4], [5, 5, 3, 2, 0.4], 1 / 6),
+    ([5, 5, 4, 4, 0], [9, 5, 4, 4, 0], 0.0),
+    ([5, 5, 4, 4, 0], [9, 9, 4, 4, 0], 0.0),
+    ([5, 5, 4, 4, 0], [7, 5, 4, 4, 0], 1 / 3),
+    ([0, 0, 2, 2, 0], [0, 0, 2, 2, math.pi / 4], 1 / math.sqrt(2)),
+    ([5, 5, 0, 4, 0], [5, 5, 4, 4, 0], 0.0),
+    ([1e5, 1e5, 4, 4, 0.3], [1e5 + 1, 1e5, 4, 4, 0.3], None),
+]
+
+
+@pytest.mark.parametrize("mode", ["iou", "iof"])
+def test_box_iou_rotated(mode):
+    ops = pytest.importorskip("mmcv.ops")
+    a, b = some_rotated(12), some_rotated(9)
+    want = [[rotated_iou(p, q, mode == "iof") for q in b.tolist()] for p in a.tolist()]
+    close(ops.box_iou_rotated(a, b, mode=mode), torch.tensor(want, dtype=torch.float64))
+    pairs = torch.tensor([want[i][i] for i in range(9)], dtype=torch.float64)
+    close(ops.box_iou_rotated(a[:9], b, mode=mode, aligned=True), pairs)
+    flip = torch.tensor([1, 1, 1, 1, -1])
+    close(ops.box_iou_rotated(a * flip, b * flip, mode=mode, clockwise=False), torch.tensor(want, dtype=torch.float64))
+    assert ops.box_iou_rotated(a[:0], b).shape == (0, 9)
+    assert ops.box_iou_rotated(a, b[:0]).shape == (12, 0)
+
+
+def test_box_iou_rotated_of_boxes_that_touch():
+    ops = pytest.importorskip("mmcv.ops")
+    first, second, want = zip(*TOUCHING, strict=True)
+    want = [rotated_iou([0, 0, *a[2:]], [b[0] - a[0], b[1] - a[1], *b[2:]]) if w is None else w for a, b, w in TOUCHING]
+    got = ops.box_iou_rotated(*(torch.tensor(t, dtype=torch.float64) for t in (first, second)), aligned=True)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_nms_rotated(labelled):
+    ops = pytest.importorskip("mmcv.ops")
+    boxes, scores = some_rotated(60, torch.float32), torch.randperm(60) / 60
+    labels = torch.randint(3, (60,)) if labelled else None
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        rivals = [j for j in kept if not labelled or labels[i] == labels[j]]
+        if all(rotated_iou(boxes[i].tolist(), boxes[j].tolist()) < 0.2 for j in rivals):
+            kept.append(i)
+    dets, got = ops.nms_rotated(boxes, scores, 0.2, labels)
+    assert got.tolist() == kept
+    assert torch.equal(dets, torch.cat((boxes[kept], scores[kept, None]), 1))
+    assert 5 < len(kept) < 60
+
+
 # ---- deformable convolution
 
 GEOMETRIES = {  # stride, padding, dilation, groups, deformable groups
@@ -362,13 +591,15 @@ GEOMETRIES = {  # stride, padding, dilation, groups, deformable groups
 }
 
 
-def deform_case(geometry, dtype=torch.float64, batch=2):
+def deform_case(geometry, dtype=torch.float64, batch=2, place="anywhere"):
+    """``place``: where the samples lie: anywhere, on whole pixels (many of them outside), or unmoved (offsets 0)."""
     stride, pad, dilation, groups, deform_groups = GEOMETRIES[geometry]
     x = torch.randn(batch, 4, 6, 5, dtype=dtype)
     weight = torch.randn(6, 4 // groups, 3, 2, dtype=dtype)
     out_h = (6 + 2 * pad[0] - dilation[0] * 2 - 1) // stride[0] + 1
     out_w = (5 + 2 * pad[1] - dilation[1] - 1) // stride[1] + 1
     offset = torch.randn(batch, deform_groups * 12, out_h, out_w, dtype=dtype) * 1.5
+    offset = {"anywhere": offset, "on pixels": offset.round(), "unmoved": offset * 0}[place]
     mask = torch.rand(batch, deform_groups * 6, out_h, out_w, dtype=dtype)
     bias, dy = torch.randn(6, dtype=dtype), torch.randn(batch, 6, out_h, out_w, dtype=dtype)
     return x, offset, mask, weight, bias, dy
@@ -413,10 +644,14 @@ def run_plain(ext, x, offset, weight, dy, geometry, input_first=True):
     return dict(zip(["output", "input", "offset", "weight"], [out, *grads], strict=True))
 
 
+PLACES = ["anywhere", "on pixels", "unmoved"]
+
+
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_modulated_deform_conv(geometry, with_bias):
-    *tensors, dy = deform_case(geometry)
+def test_modulated_deform_conv(geometry, place, with_bias):
+    *tensors, dy = deform_case(geometry, place=place)
     got = run_modulated(OPS, *tensors, dy, geometry, with_bias)
     x, offset, mask, weight, bias = inputs = leaves(*tensors)
     want = deform_conv_oracle(x, offset, mask, weight, bias if with_bias else None, *GEOMETRIES[geometry])
@@ -426,9 +661,10 @@ def test_modulated_deform_conv(geometry, with_bias):
         close(got[name], grad)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_deform_conv(geometry):
-    x, offset, _, weight, _, dy = deform_case(geometry)
+def test_deform_conv(geometry, place):
+    x, offset, _, weight, _, dy = deform_case(geometry, place=place)
     got = run_plain(OPS, x, offset, weight, dy, geometry)
     inputs = leaves(x, offset, weight)
     want = deform_conv_oracle(inputs[0], inputs[1], None, inputs[2], None, *GEOMETRIES[geometry])
@@ -437,6 +673,35 @@ def test_deform_conv(geometry):
         close(got[name], grad)
     alone = run_plain(OPS, x, offset, weight, dy, geometry, input_first=False)  # the input needs no gradient
     close(alone["weight"], got["weight"])
+
+
+def enlarged(x, height, width):
+    """A buffer of (N, C, height, width) that begins, sample by sample, with the numbers of ``x``."""
+    larger = torch.randn(len(x), x.shape[1], height, width, dtype=x.dtype)
+    larger.flatten(1)[:, : x[0].numel()] = x.flatten(1)
+    return larger
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_modulated_deform_conv_reads_the_beginning_of_larger_offsets_and_masks(geometry):
+    x, offset, mask, *rest = deform_case(geometry)
+    want = run_modulated(OPS, x, offset, mask, *rest, geometry, True)
+    size = offset.shape[2] * 2 + 1, offset.shape[3] * 2
+    got = run_modulated(OPS, x, enlarged(offset, *size), enlarged(mask, *size), *rest, geometry, True)
+    for name in ("output", "input", "weight", "bias"):
+        assert torch.equal(got[name], want[name])
+    for name in ("offset", "mask"):
+        read = want[name][0].numel()
+        assert torch.equal(got[name].flatten(1)[:, :read], want[name].flatten(1))
+        assert not got[name].flatten(1)[:, read:].any()
+
+
+@pytest.mark.parametrize(("name", "at"), [("offset", 1), ("mask", 2)])
+def test_modulated_deform_conv_refuses_buffers_that_are_too_short(name, at):
+    tensors = list(deform_case("plain"))
+    tensors[at] = tensors[at][:, :, :-1]
+    with pytest.raises(ValueError, match=rf"modulated_deform_conv: {name} is \(2, .*reads \(2, "):
+        run_modulated(OPS, *tensors, "plain", True)
 
 
 def test_deform_conv_weight_gradient_belongs_to_its_own_call():
@@ -449,6 +714,141 @@ def test_deform_conv_weight_gradient_belongs_to_its_own_call():
         OPS["deform_conv_backward_parameters"](x, offset, grad, total, columns, columns, scale=0.5, **args)
     OPS["deform_conv_backward_parameters"](x, offset, 4 * dy, total, columns, columns, scale=0.5, **args)
     close(total, 3.5 * run_plain(OPS, x, offset, weight, dy, "plain")["weight"])
+
+
+# ---- masked convolution and CARAFE
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), ((1, 3), (0, 1)), (1, 0)])
+def test_masked_convolution_is_the_convolution_where_the_mask_is_set(kernel, padding):
+    ops = pytest.importorskip("mmcv.ops")
+    layer = ops.MaskedConv2d(3, 4, kernel, padding=padding).double()
+    x, mask = torch.randn(1, 3, 5, 6, dtype=torch.float64), torch.rand(1, 5, 6) > 0.5
+    with torch.no_grad():
+        close(layer(x, mask), layer(x) * mask)
+        assert not layer(x, torch.zeros_like(mask)).any()
+
+
+def carafe_oracle(x, masks, kernel, groups, scale):
+    n, channels, height, width = x.shape
+    out = []
+    for b, c, y, z in product(range(n), range(channels), range(height * scale), range(width * scale)):
+        group = c // (channels // groups)
+        value = x.new_zeros(())
+        for i, j in product(range(kernel), range(kernel)):
+            row, column = y // scale + i - kernel // 2, z // scale + j - kernel // 2
+            if 0 <= row < height and 0 <= column < width:
+                value = value + x[b, c, row, column] * masks[b, (group * kernel + i) * kernel + j, y, z]
+        out.append(value)
+    return torch.stack(out).view(n, channels, height * scale, width * scale)
+
+
+@pytest.mark.parametrize(("kernel", "groups", "scale"), [(3, 2, 2), (5, 1, 1), (1, 1, 3)])
+@pytest.mark.parametrize("naive", [False, True])
+def test_carafe(naive, kernel, groups, scale):
+    x = torch.randn(2, 4, 3, 4, dtype=torch.float64)
+    masks = torch.rand(2, kernel**2 * groups, 3 * scale, 4 * scale, dtype=torch.float64)
+    inputs = leaves(x, masks)
+    want = carafe_oracle(*inputs, kernel, groups, scale)
+    dy, output = torch.randn_like(want), torch.zeros_like(want)
+    args = dict(kernel_size=kernel, group_size=groups, scale_factor=scale)
+    grads = [torch.zeros_like(x), torch.zeros_like(masks)]
+    if naive:
+        OPS["carafe_naive_forward"](x, masks, output, **args)
+        OPS["carafe_naive_backward"](dy, x, masks, *grads, **args)
+    else:
+        kept = torch.zeros_like(x)
+        buffers = [torch.zeros_like(t) for t in (dy, dy, x, masks)]
+        OPS["carafe_forward"](x, masks, kept, buffers[0], buffers[3], output, **args)
+        OPS["carafe_backward"](dy, kept, masks, *buffers, *grads, **args)
+    close(output, want.detach())
+    for got, grad in zip(grads, torch.autograd.grad(want, inputs, dy), strict=True):
+        close(got, grad)
+
+
+# ---- attention
+
+
+def attention_case(dtype=torch.float64, place="anywhere"):
+    shapes = torch.tensor([[4, 3], [2, 5]])
+    value = torch.randn(2, 22, 2, 3, dtype=dtype)
+    locations = torch.rand(2, 4, 2, 2, 3, 2, dtype=dtype) * 2 - 0.5  # over the border by half an image
+    if place == "on pixels":  # as many outside as inside, and many exactly one pixel outside
+        sizes = shapes.flip(1).to(dtype)[:, None]
+        locations = ((locations * sizes).round().clamp(min=-1).minimum(sizes) + 0.5) / sizes
+    weights = torch.rand(2, 4, 2, 2, 3, dtype=dtype)
+    return value, shapes, torch.tensor([0, 12]), locations, weights
+
+
+def attention_oracle(value, shapes, starts, locations, weights):
+    n, _, heads, channels = value.shape
+    out = []
+    for b, q, h in product(range(n), range(locations.shape[1]), range(heads)):
+        total = value.new_zeros(channels)
+        for level, point in product(range(len(shapes)), range(locations.shape[4])):
+            height, width = shapes[level].tolist()
+            start = starts[level].item()
+            planes = value[b, start : start + height * width, h].T.reshape(channels, height, width)
+            x, y = locations[b, q, h, level, point]
+            total = total + weights[b, q, h, level, point] * zero_bilinear(planes, y * height - 0.5, x * width - 0.5)
+        out.append(total)
+    return torch.stack(out).view(n, -1, heads * channels)
+
+
+@pytest.mark.parametrize("place", ["anywhere", "on pixels"])
+def test_ms_deform_attn(place):
+    value, shapes, starts, locations, weights = attention_case(place=place)
+    inputs = leaves(value, locations, weights)
+    want = attention_oracle(inputs[0], shapes, starts, *inputs[1:])
+    args = value, shapes, starts, locations, weights
+    got = OPS["ms_deform_attn_forward"](*args, im2col_step=64)
+    close(got, want.detach())
+    dy = torch.randn_like(want)
+    grads = [torch.zeros_like(t) for t in inputs]
+    OPS["ms_deform_attn_backward"](*args, dy, *grads, im2col_step=64)
+    wanted = torch.autograd.grad(want, inputs, dy)
+    close(grads[0], wanted[0])
+    close(grads[2], wanted[2])
+    if place == "anywhere":  # on a pixel the slope depends on the last digit of the place: the kernel's too
+        close(grads[1], wanted[1])
+
+
+def test_ms_deform_attn_is_what_mmcv_computes_on_the_cpu():
+    ops = pytest.importorskip("mmcv.ops.multi_scale_deform_attn")
+    value, shapes, starts, locations, weights = attention_case(torch.float32)
+    inputs = leaves(value, locations, weights)
+    want = ops.multi_scale_deformable_attn_pytorch(inputs[0], shapes, *inputs[1:])
+    got = ops.MultiScaleDeformableAttnFunction.apply(inputs[0], shapes, starts, *inputs[1:], 64)
+    close(got.detach(), want.detach(), torch.float32)
+    dy = torch.randn_like(want)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy), strict=True):
+        close(ours, theirs, torch.float32)
+
+
+def psa_oracle(x, kind, mask_size):
+    n, _, height, width = x.shape
+    rows, columns = mask_size
+    out = x.new_zeros(n, height, width, height, width)
+    for h, w, i, j in product(range(height), range(width), range(rows), range(columns)):
+        row, column = h + i - (rows - 1) // 2, w + j - (columns - 1) // 2
+        if 0 <= row < height and 0 <= column < width:
+            target = (row, column, h, w) if kind == "collect" else (h, w, row, column)
+            out[(slice(None), *target)] = x[:, i * columns + j, h, w]
+    return out.view(n, height * width, height, width)
+
+
+PSA_SIZES = [(7, 5), (3, 3), (2, 4), (11, 1)]  # larger than the image, smaller, even, both
+
+
+@pytest.mark.parametrize("mask_size", PSA_SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["collect", "distribute"])
+def test_psa_mask(kind, mask_size):
+    ops = pytest.importorskip("mmcv.ops")
+    (x,) = leaves(torch.randn(2, mask_size[0] * mask_size[1], 4, 3, dtype=torch.float64))
+    got, want = ops.PSAMask(kind, mask_size)(x), psa_oracle(x, kind, mask_size)
+    assert torch.equal(got, want)
+    dy = torch.randn_like(want)
+    assert torch.equal(*(torch.autograd.grad(y, x, dy)[0] for y in (got, want)))
 
 
 # ---- video
@@ -516,8 +916,8 @@ def test_half_precision_rounds_once(dtype):
 
 
 def test_an_op_without_stand_in_names_itself_and_the_fix():
-    with pytest.raises(NotImplementedError, match=r"'carafe_forward'.*mmcv==2\.1\.0"):
-        missing_op("carafe_forward")(1, key=2)
+    with pytest.raises(NotImplementedError, match=r"'knn_forward'.*mmcv==2\.1\.0"):
+        missing_op("knn_forward")(1, key=2)
     with pytest.raises(AttributeError):
         missing_op("__path__")
 

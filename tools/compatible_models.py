@@ -10,7 +10,6 @@ is left, and one training step gives every parameter that takes part a finite gr
 
 import argparse
 import importlib
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normplug  # noqa: F401  registers the norms
-from normplug.reporting import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -107,7 +105,11 @@ def attempt(toolkit: str, name: str, norm: str) -> str:
         kind = MODELS.get(NORMS[norm]["type"])
         if norm != "BN":
             others = sorted(
-                {f"{type(m).__name__} {path}" for path, m in model.named_modules() if isinstance(m, _BatchNorm) and not isinstance(m, kind)}
+                {
+                    f"{type(m).__name__} {path}"
+                    for path, m in model.named_modules()
+                    if isinstance(m, _BatchNorm) and not isinstance(m, kind)
+                }
             )
             if others:
                 return f"left: {', '.join(others[:3])}"

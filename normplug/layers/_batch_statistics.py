@@ -1,14 +1,17 @@
 """What layers with running statistics share: their update, the normalization by them, a guard against conversion."""
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops._common import acc_dtype
-from normplug.ops._registration import UNCAPTURABLE
+from normplug.ops._registration import UNCAPTURABLE, is_exporting
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
@@ -21,7 +24,6 @@ __all__ = [
 ]
 
 Running = tuple[Tensor | None, ...]  # running mean, running variance, number of batches
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -55,7 +57,7 @@ def _recomputing_fake(x: Tensor) -> Tensor:
 def _may_be_repeated() -> bool:
     """Tell whether this forward pass is, or a graph that is being made of it may be, one that has counted before."""
     if torch.compiler.is_compiling():
-        return not _is_exporting()  # what is exported is for others to run, who have no op of ours
+        return not is_exporting()  # what is exported is for others to run, who have no op of ours
     return recomputing()
 
 
@@ -121,41 +123,54 @@ def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
 
 def _is_stock(x: Tensor, act: str | None, residual: Tensor | None, eps: float) -> bool:
     """Tell whether torch's own batch norm can do it: since 2.10 it refuses an eps of 0, in some versions always."""
-    return act is None and residual is None and x.numel() > 0 and eps * eps > 0 and is_exact_in_aten(x)
+    return act is None and residual is None and (x.numel() > 0) is not False and eps * eps > 0 and is_exact_in_aten(x)
 
 
 def normalize_by_running(
-    layer: _BatchNorm, x: Tensor, act: str | None = None, residual: Tensor | None = None, eps_outside: bool = False
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    eps_outside: bool = False,
 ) -> Tensor:
-    """Return act(bn(x) + residual) by the running statistics; eps_outside: divide by √var + eps."""
-    var, eps, wide = layer.running_var, layer.eps, acc_dtype(x)
+    """Return act(bn(x) + residual) by running mean and variance; eps_outside: divide by √var + eps."""
+    if has_torch_function_unary(x):
+        args = x, mean, var, weight, bias, eps, act, residual, eps_outside
+        return handle_torch_function(normalize_by_running, (x,), *args)
+    wide = acc_dtype(x)
     if _is_stock(x, act, residual, eps) and (not eps_outside or var.dtype == wide):
         if eps_outside:  # (√var + eps)², in two parts: torch takes no eps of 0
             var, eps = torch.add(var, var.sqrt(), alpha=2 * eps), eps * eps
-        return stock_batch_norm(x, layer.running_mean, var, layer.weight, layer.bias, False, 0.0, eps)
+        return stock_batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
     var = var.to(wide)
     rstd = 1 / (var.sqrt() + eps) if eps_outside else (var + eps).rsqrt()
-    return batch_normalize(x, layer.running_mean.to(wide), rstd, layer.weight, layer.bias, act, residual)
+    return batch_normalize(x, mean.to(wide), rstd, weight, bias, act, residual)
 
 
 class ConversionGuard(nn.Module):
     """Base of batch norms that a generic BatchNorm conversion would silently turn into something else.
 
     ``convert_sync_batchnorm`` of torch and mmengine (``sync_bn='torch'`` in a config) replaces every subclass of
-    ``_BatchNorm`` by ``nn.SyncBatchNorm``. It copies an attribute ``qconfig`` if there is one, and nothing else asks
-    a float model for that: there, and only there, it can be told no.
+    ``_BatchNorm`` by ``nn.SyncBatchNorm``. It copies an attribute ``qconfig`` if there is one: there it can be told no.
     """
 
     def lost_in_conversion(self) -> str:
         """Return what a stock layer would not do, or nothing if it would do the same."""
         raise NotImplementedError
 
+    __jit_unused_properties__ = ("qconfig",)
+
     @property
     def qconfig(self) -> Any:
         if "_qconfig" in self.__dict__:
             return self.__dict__["_qconfig"]
         lost = self.lost_in_conversion()
-        if lost:
+        # Tracing, copying and documentation tools look at every attribute, and are answered as by any other layer.
+        if lost and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             raise ValueError(
                 f"{self} cannot be replaced by a stock batch norm, which would drop {lost}. "
                 f"Name the layer you want in norm_cfg instead of converting the model, or convert only the parts "
@@ -206,10 +221,24 @@ class LocalBatchNorm(ConversionGuard):
         return "its skip_nonfinite" if self.skip_nonfinite else ""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-        check_channels(self, x, self.num_features)
-        act = act or self.act
+        if torch.jit.is_scripting():
+            assert not (self.training and self.skip_nonfinite), "skip_nonfinite has no form in TorchScript: call eval()"
+            own = self.weight, self.bias, self.momentum, self.eps, self.act
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            return scripted.batch_norm(x, *running, *own, self.training, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_features)
+        act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, act, residual)
+            args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+            return normalize_by_running(*args, act, residual)
         check_has_statistics(self, x, values_per_channel(x))
         # Momentum None makes torch read its count on the host, which waits for a device and breaks CUDA graphs.
         if _is_stock(x, act, residual, self.eps) and (x.is_cpu or self.momentum is not None or not self.training):

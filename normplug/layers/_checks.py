@@ -8,11 +8,13 @@ from collections.abc import Callable
 from types import NoneType
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normplug.ops._common import DTYPES, check_act, check_tensor
 
-__all__ = ["check_channels", "check_has_statistics", "check_rank", "checked"]
+__all__ = ["check_channels", "check_has_statistics", "checked", "has_single_values"]
 
 # Settings that are no number of 1 or more (integers), or of 0 or more (other numbers).
 LEAST = {"buffer_num": 0, "burnin": 0, "correction": 0, "padding": 0}
@@ -98,28 +100,29 @@ def _remedy(parameter: inspect.Parameter, value: Any) -> str:
     return f"Correct it, or leave it out for {name}={default!r}."
 
 
-def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...] = (2, 3, 4, 5)) -> None:
-    """Raise TypeError if x is no dense floating-point tensor, ValueError if it has not one of the ranks."""
-    check_tensor(type(layer).__name__, x)
-    if x.ndim not in ranks:
-        raise ValueError(
-            f"{type(layer).__name__} expects an input of {' or '.join(map(str, ranks))} axes, (N, C) and up to "
-            f"three spatial ones, but got {x.ndim}: {tuple(x.shape)}. Add the missing axes with unsqueeze, or "
-            f"fold the surplus ones into N."
-        )
-
-
 def check_channels(layer: nn.Module, x: Tensor, num_features: int, name: str = "num_features") -> None:
-    """Raise ValueError if axis 1 of x is not num_features long."""
-    check_rank(layer, x)
-    if x.shape[1] != num_features:
-        kind = type(layer).__name__
+    """Raise TypeError if x is no dense floating-point tensor, ValueError if axis 1 of it is not num_features long."""
+    kind = type(layer).__name__
+    check_tensor(kind, x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{kind} expects an input of 2 axes or more, (N, C) and any spatial ones behind them, but got "
+            f"{x.ndim}: {tuple(x.shape)}. Add the missing axes with unsqueeze."
+        )
+    if (x.shape[1] != num_features) is True:  # a traced length is a tensor, which is not asked
         rest = ", *" if x.ndim > 2 else ""
         raise ValueError(
             f"{kind} was built with {name}={num_features}, so it expects input of shape (N, {num_features}{rest}), "
             f"but got {tuple(x.shape)}. Channels sit on axis 1: permute a channels-last tensor, or build the "
             f"layer with {name}={x.shape[1]}."
         )
+
+
+def has_single_values(x: Tensor) -> bool:
+    """Tell whether every channel of a sample is a single value; False while a graph is made for inputs of any size."""
+    if isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return x.numel() == x.shape[0] * x.shape[1] > 0
 
 
 def check_has_statistics(layer: nn.Module, x: Tensor, count: int) -> None:

@@ -50,7 +50,8 @@ class ContainedActivation(nn.Module):
             if own is not None and value is not None and value.ndim > 1 and value.numel() == own.numel():
                 state_dict[prefix + name] = value.reshape(own.shape)
         for name in self._ignored:
-            state_dict.pop(prefix + name, None)
+            if name not in self._buffers:
+                state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Convolution", "eagerly", "follow", "forget", "leave", "take"]
+__all__ = ["Convolution", "described", "eagerly", "follow", "forget", "leave", "take"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,19 @@ class _Last:
 
     def __init__(self) -> None:
         self.record: tuple[_ConvNd, Tensor | None, weakref.ref, int] | None = None
-        self.module: weakref.ref = weakref.ref(self)  # for error messages
+        # for error messages: the last convolution, and the last module that put out a tensor
+        self.module: weakref.ref = weakref.ref(self)
+        self.source: weakref.ref = weakref.ref(self)
+        self.made: weakref.ref = weakref.ref(self)
 
     def note(self, conv: _ConvNd, x: Tensor | None, y: Tensor) -> None:
         self.record = conv, x, weakref.ref(y, self._gone), _version(y)
         self.module = weakref.ref(conv)
+
+    def note_source(self, module: nn.Module, y: Tensor) -> None:
+        """Remember which module made a tensor: the innermost, which is the first to be heard of."""
+        if self.made() is not y:
+            self.source, self.made = weakref.ref(module), weakref.ref(y)
 
     def _gone(self, ref: weakref.ref) -> None:
         # Autograd drops tensors from threads of its own: not through threading.local, but through self.
@@ -131,11 +139,16 @@ def take(layer: nn.Module, x: Tensor) -> Convolution:
         f"Conv2d or Conv3d that is in training mode, or use another norm here, for example GN or BN."
     )
     if record is None or record[2]() is not x:
-        between = isinstance(module, _ConvNd)
-        last = f" The last convolution before was {module}; something lies between." if between else ""
+        source = _local.last.source() if _local.last.made() is x else None
+        if source is not None:
+            made = f" It is the output of {described(source)}."
+        elif isinstance(module, _ConvNd):
+            made = f" The last convolution before was {module}; something lies between."
+        else:
+            made = ""
         raise ValueError(
             f"{name} must normalize the output of a convolution, but the tensor {tuple(x.shape)} that it got is "
-            f"none.{last} {remedy}"
+            f"none.{made} {remedy}"
         )
     conv, inputs, _, version = record
     if conv.transposed:
@@ -146,6 +159,13 @@ def take(layer: nn.Module, x: Tensor) -> Convolution:
             f"place before it got here. {remedy}"
         )
     return Convolution(conv, inputs)
+
+
+def described(module: nn.Module) -> str:
+    """Say which module it is, in one line: its class, and its sizes if it is a convolution of some kind."""
+    sizes = [getattr(module, name, None) for name in ("in_channels", "out_channels", "kernel_size")]
+    told = f"({sizes[0]}, {sizes[1]}, kernel_size={sizes[2]})" if None not in sizes else ""
+    return f"{type(module).__module__}.{type(module).__qualname__}{told}"
 
 
 def forget(x: Tensor) -> None:
@@ -165,8 +185,12 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _note(module: nn.Module, args: tuple, output: Any) -> None:
-    if isinstance(module, _ConvNd) and module.training and args and isinstance(output, Tensor):
+    if not isinstance(output, Tensor):
+        return
+    if isinstance(module, _ConvNd) and module.training and args:
         eagerly(_note_convolution, module, args[0], output)
+    if not torch.compiler.is_compiling():
+        _local.last.note_source(module, output)
 
 
 def _note_convolution(conv: _ConvNd, x: Tensor, y: Tensor) -> None:

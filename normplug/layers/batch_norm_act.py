@@ -27,7 +27,7 @@ class BatchNormAct(LocalBatchNorm, _BatchNorm):
             which nothing could undo. The output is that of the batch all the same.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine.
         - Output: shape, dtype and memory format of the input.
 
     Raises:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers import _convolution_trace as trace
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import (
     ConversionGuard,
     normalize_by_running,
@@ -16,6 +17,8 @@ from normplug.layers._batch_statistics import (
     values_per_channel,
 )
 from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.layers._convolution_padding import gives_size, padding_of
+from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -102,8 +105,9 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
 
     The statistics of earlier batches belong to earlier weights. They are carried over to the present ones to first
     order in the filters of the convolution before this layer, and count as constants in the gradient. Works
-    directly behind a Conv1d, Conv2d or Conv3d (any groups, stride, dilation and padding; ConvWS too), which it
-    finds by itself: a bare ``norm_cfg=dict(type='CBN')`` is enough. Where that convolution is frozen it is BN.
+    directly behind a Conv1d, Conv2d or Conv3d (any groups, stride, dilation and padding, also in a forward of its own;
+    ConvWS too), which it finds by itself: a bare ``norm_cfg=dict(type='CBN')`` is enough. Where that convolution is
+    frozen it is BN.
 
     Training costs one weight gradient of the convolution more per call, and holds about ``buffer_num`` float32
     copies of its weight. Evaluation is batch normalization by running statistics, and these are those of BN.
@@ -135,6 +139,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         official_burnin_var: During burn-in divide by the unbiased standard deviation, as the authors' code does.
         skip_nonfinite: Leave the running statistics as they are where a batch would make one of them NaN or infinite,
             which nothing could undo. The output is that of the batch all the same.
+        bias: With affine, learn the bias.
 
     Shape:
         - Input: (N, C, *), one to three spatial axes; N = 0 is fine.
@@ -176,6 +181,7 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         official_burnin_var: bool = False,
         skip_nonfinite: bool = False,
         *,
+        bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -183,20 +189,37 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             if value not in known:
                 raise ValueError(f"CBN knows {name} {known[0]!r} and {known[1]!r}, but got {value!r}.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
         self.buffer_num, self.burnin, self.rho = buffer_num, burnin, rho
         self.eps_mode, self.rule, self.act = eps_mode, rule, act
         self.official_burnin_var, self.skip_nonfinite = official_burnin_var, skip_nonfinite
         self.cbn_calls = 0  # training iterations; not a tensor, so that no device has to be asked
         self._verified = False
+        self._paddings: dict[tuple[torch.Size, torch.Size], dict[str, Any]] = {}  # by sizes of input and output
         self._history: dict[int, tuple[Entry, ...]] = {}  # newest first, by the number of the call in its iteration
         self._iteration = _Iteration()
         trace.follow(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-        check_channels(self, x, self.num_features)
-        act = act or self.act
+        if torch.jit.is_scripting():
+            assert not self.training, "CBN is trained in Python alone: call eval() before what TorchScript made of it"
+            var, eps = scripted.inside_root(self.running_var, self.eps, self.eps_mode, x)
+            own = self.weight, self.bias, self.momentum, eps, self.act
+            return scripted.batch_norm(x, self.running_mean, var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_features)
+        act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
-            return normalize_by_running(self, x, act, residual, self.eps_mode == "outside")
+            args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+            return normalize_by_running(*args, act, residual, self.eps_mode == "outside")
         if not self.training or x.numel() == 0:
             check_has_statistics(self, x, values_per_channel(x))
             trace.forget(x)
@@ -242,20 +265,18 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         if conv is None or not conv.trainable:
             statistics = self._statistics(mean, m2, count, burning_in)
         else:
-            filters, var = conv.filters(), m2 / count
-            entry = None
-            # Without a graph only the first call is remembered: who collects statistics calls on and on.
-            if (not burning_in and (call == 0 or with_graph)) or not self._verified:
-                assert conv.input is not None
-                grads = patch_statistics(conv.input.detach(), x.detach(), mean, **conv.geometry)
-                entry = Entry(mean, var, *grads, *(p[0] for p in filter_products(filters, grads[:1], grads[1:])))
-                self._verify(entry, conv)
+            geometry = self._geometry(conv, x)
             if burning_in:
                 statistics = self._statistics(mean, m2, count, burning_in)
             else:
+                filters, var = conv.filters(), m2 / count
                 statistics = self._joined_statistics(mean, var, count, call, filters)
-                if entry is not None:
-                    kept = (entry, *self._history.get(call, ()))[: self.buffer_num]
+                # Without a graph only the first call is remembered: who collects statistics calls on and on.
+                if call == 0 or with_graph:
+                    assert conv.input is not None
+                    grads = patch_statistics(conv.input.detach(), x.detach(), mean, **geometry)
+                    products = (p[0] for p in filter_products(filters, grads[:1], grads[1:]))
+                    kept = (Entry(mean, var, *grads, *products), *self._history.get(call, ()))[: self.buffer_num]
                     self._history = {**self._history, call: kept}
         self._iteration.last = mean, statistics
         return statistics
@@ -307,22 +328,28 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         slope = torch.where(root > 0, (root + self.eps) / root, torch.zeros_like(root))
         return _Statistics(mean, 1 / (root + self.eps), mean_share, var_share * slope)
 
-    def _verify(self, entry: Entry, conv: trace.Convolution) -> None:
-        """Raise ValueError if the mean of the output is not what the filters make of the input: asked once."""
-        if self._verified or entry.mean.is_meta:  # there nothing can be asked
-            return
-        bias = conv.module.bias
-        off = entry.mean - entry.mean_product - (0 if bias is None else bias)
-        size = (entry.var + entry.mean.square()).sqrt()
-        # Over all channels: in half precision one whose values nearly cancel may be far off by itself.
-        if bool(off.norm() > 0.05 * size.norm() + 1e-6):
-            raise ValueError(
-                f"CrossIterationBatchNorm follows {conv.module} ({type(conv.module).__module__}), but its output is "
-                f"not the convolution of its input with its weight: the means differ by {off.abs().max():.3g}. A "
-                f"convolution that transforms its weight must offer it as standardized_weight(), as ConvWS does; "
-                f"otherwise use another norm here, for example GN or BN."
-            )
-        self._verified = True
+    def _geometry(self, conv: trace.Convolution, x: Tensor) -> dict[str, Any]:
+        """Return how the convolution goes over its input: found out at the first batch, or by sizes if it pads itself.
+
+        Raises:
+            ValueError: If x (N, C, *) is not what its filters make of its input.
+        """
+        assert conv.input is not None
+        own, sizes = conv.geometry, (conv.input.shape[2:], x.shape[2:])
+        if x.is_meta or (self._verified and gives_size(own, *sizes)):  # of a meta tensor nothing can be asked
+            return own
+        if sizes not in self._paddings:
+            found = padding_of(conv, x)
+            if found is None:
+                raise ValueError(
+                    f"{type(self).__name__} follows {conv.module} ({type(conv.module).__module__}), but its output is "
+                    f"not the convolution of its input with its weight. A convolution that transforms its weight must "
+                    f"offer it as standardized_weight(), as ConvWS does; otherwise use another norm here, for example "
+                    f"GN or BN."
+                )
+            self._paddings[sizes] = found
+            self._verified |= found == own
+        return self._paddings[sizes]
 
     def reset_history(self) -> None:
         """Forget all earlier batches: to be called when the weights jump other than by training."""

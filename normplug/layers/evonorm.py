@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from normplug.layers._batch_statistics import update_running
-from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.layers import _scripted as scripted
+from normplug.layers._batch_statistics import update_running, values_per_channel
+from normplug.layers._checks import check_channels, check_has_statistics, checked, has_single_values
 from normplug.layers._contained_activation import ContainedActivation
+from normplug.layers._symbolic import Proxy, node_of
 from normplug.ops._common import acc_dtype
 from normplug.ops.batch_norm import batch_normalize, is_exact_in_aten, stock_batch_norm
 from normplug.ops.evonorm_b0 import evonorm_b0
@@ -18,15 +21,20 @@ class _EvoNorm(ContainedActivation):
     """What the EvoNorms share: without their activation they are weight * x + bias, no v and no statistics."""
 
     def _affine_only(self, x: Tensor) -> Tensor:
-        if self.weight is None:
-            return x
-        # BatchNorm's evaluation with mean 0 and variance + eps = 1: one pass, in the layout and dtype of x. (0 for
-        # the variance and 1 for eps, because not every version of torch takes an eps of 0.)
-        weight, bias = self.weight.to(acc_dtype(x)), self.bias.to(acc_dtype(x))
-        zeros = torch.zeros_like(weight)
-        if not is_exact_in_aten(x):
-            return batch_normalize(x, zeros, torch.ones_like(zeros), weight, bias)
-        return stock_batch_norm(x, zeros, zeros, weight, bias, False, 0.0, eps=1.0)
+        return x if self.weight is None else affine(x, self.weight, self.bias)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return weight * x + bias, both per channel (C,), in the layout and dtype of x (N, C, *)."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(affine, (x,), x, weight, bias)
+    # BatchNorm's evaluation with mean 0 and variance + eps = 1: one pass. (0 for the variance and 1 for eps, because
+    # not every version of torch takes an eps of 0.)
+    weight, bias = weight.to(acc_dtype(x)), bias.to(acc_dtype(x))
+    zeros = torch.zeros_like(weight)
+    if not is_exact_in_aten(x):
+        return batch_normalize(x, zeros, torch.ones_like(zeros), weight, bias)
+    return stock_batch_norm(x, zeros, zeros, weight, bias, False, 0.0, eps=1.0)
 
 
 class EvoNormS0(_EvoNorm, nn.GroupNorm):
@@ -47,7 +55,7 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
         apply_act: Normalize and activate; otherwise scale and shift only.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -84,11 +92,23 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
         self._set_up(apply_act, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(self, x, self.num_channels, "num_channels")
+        if torch.jit.is_scripting():
+            if self.v is None:
+                return scripted.affine(x, self.weight, self.bias, x)
+            else:
+                return scripted.evonorm_s0(x, self.num_groups, self.weight, self.bias, self.v, self.eps)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         if not self.apply_act:
             return self._affine_only(x)
-        size, positions = self.num_channels // self.num_groups, x.shape[2:].numel()
-        if size * positions == 1 and x.shape[0] > 0:
+        if self.num_groups == self.num_channels and has_single_values(x):
             raise ValueError(
                 f"EvoNormS0 divides by the deviation of a group, but with num_channels={self.num_channels}, "
                 f"num_groups={self.num_groups} and an input of shape {tuple(x.shape)} a group holds a single value. "
@@ -125,7 +145,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
             which nothing could undo. The output is that of the batch all the same.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine and leaves running_var alone.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine and leaves running_var alone.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -141,7 +161,7 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
     _abbr_ = "bn"  # the attribute's name in a backbone: weight, bias and running_var of BN checkpoints find their place
     _name_ = "EvoNormB0"
     _aliases = (*_EvoNorm._aliases, ("moving_variance", "running_var"))
-    _ignored = ("running_mean", "num_batches_tracked")
+    _ignored = ("running_mean", "num_batches_tracked", "running_var")
     op = "evonorm_b0"
     family = "evonorm"
     contains_activation = True
@@ -176,17 +196,30 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
         self.batch_statistics = False
         if "running_var" in self._buffers:
             del self.running_var
-        self._ignored = (*EvoNormB0._ignored, "running_var")
 
     drop_activation.__doc__ = _EvoNorm.drop_activation.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(self, x, self.num_channels, "num_channels")
+        if torch.jit.is_scripting():
+            if self.v is None:
+                return scripted.affine(x, self.weight, self.bias, x)
+            else:
+                assert not self.training, "EvoNormB0 is trained in Python alone: call eval() before TorchScript's layer"
+                return scripted.evonorm_b0(x, self.weight, self.bias, self.v, self.running_var, self.eps)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         if not self.apply_act:
             return self._affine_only(x)
         if not self.training:
             return evonorm_b0(x, self.weight, self.bias, self.v, self.running_var, self.eps)[0]
-        count = x.shape[0] * x.shape[2:].numel()
+        count = values_per_channel(x)
         check_has_statistics(self, x, count)
         y, var = evonorm_b0(x, self.weight, self.bias, self.v, None, self.eps)
         if count > 0:

@@ -4,9 +4,12 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from normplug.layers._checks import check_channels, checked
+from normplug.layers import _scripted as scripted
+from normplug.layers._checks import check_channels, checked, has_single_values
 from normplug.layers._contained_activation import ContainedActivation
+from normplug.layers._symbolic import Proxy, node_of
 from normplug.ops._common import acc_dtype
 from normplug.ops.filter_response_norm import filter_response_norm
 
@@ -33,7 +36,7 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
         apply_act: Apply the threshold tau.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -81,15 +84,25 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
             nn.init.constant_(self.eps_l, 1e-4)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(self, x, self.num_channels, "num_channels")
+        if torch.jit.is_scripting():
+            return scripted.filter_response_norm(x, self.weight, self.bias, self.tau, self.eps, self.eps_l)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
         eps = self.eps
         if self.eps_l is not None:
-            eps = eps + self.eps_l.to(acc_dtype(x)).abs()
-        elif eps < 1e-4 and x.shape[2:].numel() == 1 and x.shape[0] > 0:
+            eps = _learned(eps, self.eps_l, x)
+        elif eps < 1e-4 and has_single_values(x):
             warnings.warn(
                 f"FRN got an input of shape {tuple(x.shape)}: over a single value it is nearly the sign of x, whose "
                 f"gradient vanishes with eps={eps}. Use learnable_eps=True, an eps of 1e-2, or larger maps.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return filter_response_norm(x, self.weight, self.bias, self.tau, eps)
 
@@ -112,3 +125,10 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
         return (
             f"{self.num_channels}, eps={self.eps}, learnable_eps={self.eps_l is not None}, apply_act={self.apply_act}"
         )
+
+
+def _learned(eps: float, learned: Tensor, x: Tensor) -> Tensor:
+    """Return eps + abs(learned), wide enough for what is done to x."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(_learned, (x,), eps, learned, x)
+    return eps + learned.to(acc_dtype(x)).abs()

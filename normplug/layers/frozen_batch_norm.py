@@ -1,10 +1,13 @@
 """FrozenBatchNorm: batch normalization whose statistics and parameters are constants."""
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import ConversionGuard, normalize_by_running
 from normplug.layers._checks import check_channels, checked
+from normplug.layers._symbolic import Proxy, chosen, node_of
 
 __all__ = ["FrozenBatchNorm"]
 
@@ -26,7 +29,7 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
             layer is folded into a convolution (mmcv's ``fuse_conv_bn``): leave it None where that is wanted.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -62,8 +65,21 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
         return "what makes it frozen"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-        check_channels(self, x, self.num_features)
-        return normalize_by_running(self, x, act or self.act, residual)
+        if torch.jit.is_scripting():
+            own = self.weight, self.bias, self.momentum, self.eps, self.act
+            return scripted.batch_norm(x, self.running_mean, self.running_var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_features)
+        act = self.act if act is None else chosen(act, self.act)
+        args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        return normalize_by_running(*args, act, residual)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}" + (f", act={self.act!r}" if self.act else "")

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, checked
+from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops.group_norm import group_norm
 
 __all__ = ["GroupNorm"]
@@ -35,12 +38,13 @@ class GroupNorm(nn.GroupNorm):
         eps: Added to the variance, inside the root.
         affine: Learn weight and bias per channel.
         act: Activation applied in the same op: 'relu', 'leaky_relu', 'silu', 'gelu' or None.
+        bias: With affine, learn the bias.
 
     A call may bring what else the op does in the same pass: ``residual``, added before the activation, and ``act``, in
     place of the layer's own.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine. A residual has the shape of the input.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine. A residual has the shape of the input.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -67,6 +71,7 @@ class GroupNorm(nn.GroupNorm):
         affine: bool = True,
         act: str | None = None,
         *,
+        bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -78,7 +83,15 @@ class GroupNorm(nn.GroupNorm):
             device=device,
             dtype=dtype,
         )
+        if not bias:  # not handed up: older torch does not know the argument
+            self.register_parameter("bias", None)
         self.act = act
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:  # nn.GroupNorm of older torch takes it for granted
+            nn.init.zeros_(self.bias)
 
     @property
     def num_features(self) -> int:
@@ -86,15 +99,28 @@ class GroupNorm(nn.GroupNorm):
         return self.num_channels
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-        check_channels(self, x, self.num_channels, "num_channels")
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act or self.act, residual)
+        if torch.jit.is_scripting():
+            own = self.num_groups, self.weight, self.bias, self.eps, self.act
+            return scripted.group_norm(x, *own, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x, residual, act)) is not None:
+                return node
+        else:
+            check_channels(self, x, self.num_channels, "num_channels")
+        act = self.act if act is None else chosen(act, self.act)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act, residual)
 
     def extra_repr(self) -> str:
         size = self.num_channels // self.num_groups
+        bias = ", bias=False" if self.affine and self.bias is None else ""
         act = f", act={self.act!r}" if self.act else ""
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, channels_per_group={size}, eps={self.eps}, "
-            f"affine={self.affine}{act}"
+            f"affine={self.affine}{bias}{act}"
         )
 
 

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import LocalBatchNorm, update_running, values_per_channel
 from normplug.layers._checks import check_channels, check_has_statistics
+from normplug.layers._symbolic import Proxy, node_of
 from normplug.ops._common import dense, for_backward
 from normplug.ops.batch_norm import batch_norm_dx, batch_norm_reduce, batch_norm_stats, batch_normalize
 
@@ -48,7 +50,7 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
             which nothing could undo; all ranks decide alike. The output is that of the batch all the same.
 
     Shape:
-        - Input: (N, C, *), up to three spatial axes; N = 0 is fine.
+        - Input: (N, C, *), any number of spatial axes; N = 0 is fine.
         - Output: shape, dtype and memory format of the input.
 
     Raises:
@@ -94,10 +96,22 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
         self._agreed: torch.dtype | None = None  # of the input, when the ranks last compared what they have
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            assert not self.training, (
+                "SyncBN is trained in Python alone: call eval() before what TorchScript made of it"
+            )
+            own = self.weight, self.bias, self.momentum, self.eps, self.act
+            return scripted.batch_norm(x, self.running_mean, self.running_var, None, *own, False, act, residual)
+        else:
+            return self._forward(x, residual, act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
+            return node
         if self.training and self._world_size() > 1:
             self._check_with_others(x)
             return self._synchronized(x, residual, act or self.act)
-        return super().forward(x, residual, act)
+        return super()._forward(x, residual, act)
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):

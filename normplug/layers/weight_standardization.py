@@ -5,20 +5,20 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
-import torch.fx
+import torch
 from torch import Tensor, nn
 
+from normplug.layers import _scripted as scripted
 from normplug.layers._checks import checked
+from normplug.layers._symbolic import Proxy, node_of
 from normplug.ops._common import check_tensor, with_plain_strides
+from normplug.ops._registration import in_torch
 from normplug.ops.weight_standardize import weight_standardize, weight_standardize_many
 
 # fold_ws and standardize_together are no layers, and what __all__ names is registered as one
 __all__ = ["WSConv1d", "WSConv2d", "WSConv3d"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-for _name in ("weight_standardize", "check_tensor", "with_plain_strides"):
-    torch.fx.wrap(_name)  # symbolic tracing stops here: inside, it would meet their checks
 
 
 class _WSConv(nn.Module):
@@ -70,9 +70,21 @@ class _WSConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tensor(type(self).__name__, x)
-        if not torch.jit.is_tracing():
-            x = with_plain_strides(x)  # others that an axis of length 1 may have end in an error in backward, on a CPU
+        if torch.jit.is_scripting():
+            own = self.weight, self.bias, self.stride, self.dilation, self.groups
+            padding = self._reversed_padding_repeated_twice, self.padding_mode
+            return scripted.convolution(x, *own, *padding, self.eps, self.correction, self.eps_inside)
+        else:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            if (node := node_of(self, x)) is not None:
+                return node
+        else:
+            check_tensor(type(self).__name__, x)
+            if not in_torch():  # other strides of an axis of length 1 are an error in backward, on a CPU
+                x = with_plain_strides(x)
         return super()._conv_forward(x, self.standardized_weight(), self.bias)
 
     def standardized_weight(self) -> Tensor:
@@ -198,7 +210,7 @@ class _Begin:
         self.devices = frozenset(devices)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or in_torch():
             return
         if hasattr(model.forward, "_torchdynamo_orig_callable"):  # compiled alone: what is done here, it would not see
             return

@@ -6,13 +6,14 @@ __all__ = ["close_gaps", "register_hooks"]
 def close_gaps() -> None:
     """Make the toolkits' last releases run on today's torch.
 
-    Repairs: stand-ins for the compiled ``mmcv._ext`` and for mmaction2's missing ``drn``, checkpoints that load with
-    torch's safe unpickler, whose text is never run, and that are whole or not there, distributed training without an
-    accelerator. Called by ``import normplug``; calling it again changes nothing.
+    Repairs: stand-ins for the compiled ``mmcv._ext`` and for mmaction2's missing ``drn``, what NumPy and SciPy have
+    dropped, checkpoints that load with torch's safe unpickler, whose text is never run, and that are whole or not
+    there, distributed training without an accelerator. Called by ``import normplug``; calling it again changes nothing.
     """
-    from normplug.openmmlab import _stand_ins, checkpoints, distributed, inert, resuming, saving, weight_checks
+    from normplug.openmmlab import _stand_ins, checkpoints, distributed, inert, repairs, resuming, saving, weight_checks
 
     _stand_ins.install()
+    repairs.install()
     checkpoints.install()
     inert.install()
     saving.install()

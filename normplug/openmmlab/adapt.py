@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
 from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of
 from normplug.openmmlab.config_files import nearest
+from normplug.openmmlab.cross_iteration import check_cross_iteration
 from normplug.openmmlab.placement import REPLACED, contains_activation, place_activations, places_itself
 from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
 
@@ -61,7 +62,7 @@ def adapt(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: If a layer that contains its activation, or has an ``act``, sits in a toolkit's class of which we do
-            not know where it applies activations.
+            not know where it applies activations; or if a CBN sits behind something that it cannot follow.
     """
     if not any(map(is_ours, model.modules())):
         return model
@@ -76,6 +77,7 @@ def adapt(model: nn.Module) -> nn.Module:
             derive(module, InflatesEveryNorm)
     if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
         standardize_together(model)
+    check_cross_iteration(model)
     return model
 
 

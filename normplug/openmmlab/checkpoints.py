@@ -4,9 +4,11 @@ torch 2.6 and newer unpickle with ``weights_only=True``: tensors, plain Python v
 0.10.7 saves does not load that way, because its message hub pickles ``HistoryBuffer`` objects, numpy arrays and,
 for the buffers' methods, the builtin ``getattr``. The check stays on, always, and two things change:
 
-* What is saved: the message hub's histories become dicts of tensors, so plain ``torch.load`` reads a new checkpoint.
+* What is saved: plain values in the place of all that mmengine pickles (see plain.py), so plain ``torch.load`` reads a
+  new checkpoint.
 * What is read: while mmengine loads, the names that stock mmengine writes resolve to stand-ins defined here.
   The stand-ins take numbers and nothing else; neither ``getattr`` nor numpy's own unpickling code is reachable.
+  A function or class that is only named, as a scheduler's is, becomes a name and is left out of the scheduler's state.
 """
 
 import contextlib
@@ -15,11 +17,13 @@ import math
 import pickle
 import pickletools
 import re
+import sys
 import threading
 import zipfile
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint as mmengine_checkpoint
@@ -31,13 +35,13 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
-from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 import normplug.layers as layers
 from normplug.openmmlab._stand_ins import tell
 from normplug.openmmlab.file_kinds import CheckpointError, check_kind, is_safetensors
 from normplug.openmmlab.inert import make_inert
+from normplug.openmmlab.plain import FACTORIES, KIND, as_plain, from_plain, without_code
 from normplug.openmmlab.pretrained import download
 from normplug.openmmlab.replacement import as_loaded
 from normplug.openmmlab.weight_checks import expect_whole_model, source, weights_of
@@ -61,7 +65,7 @@ class UnsafeCheckpointError(CheckpointError):
 # ---- stand-ins for what stock mmengine pickles
 # An object of a stand-in is what its name in a checkpoint becomes. Its state comes from the file: believe nothing.
 
-_NUMBER = re.compile(r"[biuf][1-8]|f16|c8|c16")
+_NUMBER_OR_TEXT = re.compile(r"[biuf][1-8]|f16|c8|c16|U\d{1,6}")
 
 
 class _Refused(pickle.UnpicklingError):
@@ -73,10 +77,10 @@ def _refuse(what: str):
 
 
 class _StoredDtype:
-    """Takes the place of ``numpy.dtype``: a dtype of numbers, whatever its pickled flags and fields say."""
+    """Takes the place of ``numpy.dtype``: one of numbers or text, whatever its pickled flags and fields say."""
 
     def __init__(self, name="?", align=False, copy=True):
-        if not isinstance(name, str) or not _NUMBER.fullmatch(name):
+        if not isinstance(name, str) or not _NUMBER_OR_TEXT.fullmatch(name):
             _refuse(f"numpy.dtype({name!r}), expected a dtype of numbers")
         self.dtype = np.dtype(name)
 
@@ -122,7 +126,7 @@ def _stored_scalar(dtype, data):
 class _StoredHistory:
     """Takes the place of ``HistoryBuffer``, and becomes one when its state proves to be two rows of numbers."""
 
-    min = max = current = mean = None  # what `_stored_method` may name
+    min = max = current = mean = None  # what `_stored_attribute` may name
 
     def __setstate__(self, state):
         state = state if isinstance(state, dict) else {}
@@ -143,11 +147,55 @@ def _history(logs: np.ndarray, counts: np.ndarray, max_length: int) -> HistoryBu
     return buffer
 
 
-def _stored_method(owner, name):
-    """Takes the place of the builtin ``getattr``, for the four methods that a stock history lists."""
-    if owner is not _StoredHistory or name not in ("min", "max", "current", "mean"):
+class _Husk:
+    """What a call of code gives while we only look at which names a refused file has."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Code:
+    """Takes the place of a function or class that a file names and that nobody allowed: a name, which does nothing.
+
+    It may be named. Whoever would call it, or make an object of it, is refused.
+    """
+
+    call = staticmethod(_refuse)
+
+    def __new__(cls, *args):
+        return super().__new__(cls) if isinstance(cls, type) else cls(*args)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args):
+        return self.call(self.name)
+
+    def __repr__(self) -> str:
+        return self.name  # torch names it so in its errors
+
+
+class _LookedAt(_Code):
+    call = _Husk
+
+
+def _stored_attribute(owner, name):
+    """Takes the place of the builtin ``getattr``, with which pickles spell what belongs to a class.
+
+    That is a name here: a method of a stock history, a scheduler's function (``OneCycleLR``), a class within a class,
+    which is itself if the user allowed it.
+    """
+    if owner is _StoredHistory and name in ("min", "max", "current", "mean"):
+        return name
+    if not (isinstance(owner, _Code | type) and owner not in _NAMES.values() and isinstance(name, str)):
         _refuse(f"getattr(…, {name!r}), which gives access to code")
-    return name
+    full = f"{owner.name if isinstance(owner, _Code) else _allowed_name(owner)}.{name}"
+    allowed = (entry for entry in torch.serialization.get_safe_globals() if _allowed_name(entry) == full)
+    entry = next(allowed, None)
+    return _Code(full) if entry is None else entry[0] if isinstance(entry, tuple) else entry
 
 
 def _stored_bytes():
@@ -163,9 +211,42 @@ def _stored_text(text, encoding):
         _refuse(f"bytes in the encoding {encoding!r}")
 
 
+class _StoredDeque(list):
+    """Takes the place of ``collections.deque``."""
+
+    def __init__(self, items=(), maxlen=None):
+        super().__init__(items)
+        self.maxlen = maxlen if type(maxlen) is int else None
+
+
+_FACTORY = object()  # the key in a dict that a file calls a defaultdict
+
+
+def _stored_defaultdict(factory=None):
+    """Takes the place of ``collections.defaultdict`` with a plain type as factory: a dict until `_with_arrays`."""
+    name = factory.name if isinstance(factory, _Code) else getattr(factory, "__name__", "")
+    return {_FACTORY: FACTORIES.get(name.removeprefix("builtins."))}
+
+
+def _stored_config(items=()):
+    """Takes the place of mmengine's ``ConfigDict``."""
+    return dict(items) if isinstance(items, dict) else _refuse("a ConfigDict of anything but a dict")
+
+
+def _stored_path(*parts):
+    """Takes the place of ``pathlib``'s classes."""
+    return "/".join(parts).replace("//", "/") if all(isinstance(part, str) for part in parts) else _refuse("a path")
+
+
 _NAMES = {
     "builtins.bytes": _stored_bytes,
-    "builtins.getattr": _stored_method,
+    "builtins.getattr": _stored_attribute,
+    "builtins.frozenset": set,
+    "collections.deque": _StoredDeque,
+    "collections.defaultdict": _stored_defaultdict,
+    "mmengine.config.config.ConfigDict": _stored_config,
+    "pathlib.PosixPath": _stored_path,
+    "pathlib._local.PosixPath": _stored_path,  # python 3.13
     "mmengine.logging.history_buffer.HistoryBuffer": _StoredHistory,
     "numpy.dtype": _StoredDtype,
     "numpy.ndarray": _StoredArray,
@@ -183,8 +264,13 @@ def _with_arrays(value, seen: set[int]):
         return value.array
     if isinstance(value, _StoredDtype):
         return value.dtype
+    for code in value if isinstance(value, set) else (value,):
+        if isinstance(code, _Code):
+            _refuse(code.name)
     if isinstance(value, dict | list | tuple) and id(value) not in seen:
         seen.add(id(value))  # a file may hold a list that holds itself
+        if isinstance(value, dict):
+            _with_arrays(set(value), seen)  # its keys
         if isinstance(value, tuple):
             items = [_with_arrays(item, seen) for item in value]
             return tuple(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
@@ -192,7 +278,11 @@ def _with_arrays(value, seen: set[int]):
             new = _with_arrays(item, seen)
             if new is not item:
                 value[key] = new
-    return value
+    if isinstance(value, dict) and KIND in value:
+        return from_plain(value)
+    if isinstance(value, dict) and _FACTORY in value:
+        return defaultdict(value.pop(_FACTORY), value)
+    return deque(value, value.maxlen) if isinstance(value, _StoredDeque) else value
 
 
 # ---- loading
@@ -201,8 +291,8 @@ _ALLOW_LIST = threading.RLock()  # torch's list of allowed names is one per proc
 
 
 @contextlib.contextmanager
-def _stock_names() -> Iterator[None]:
-    """Let torch's safe unpickler resolve `_NAMES`, and what the user allowed, but no name twice."""
+def _stock_names(code: Iterable[_Code]) -> Iterator[None]:
+    """Let torch's safe unpickler resolve `_NAMES`, what the user allowed, and names of code, but no name twice."""
     with _ALLOW_LIST:
         allowed = torch.serialization.get_safe_globals()
         try:
@@ -210,6 +300,8 @@ def _stock_names() -> Iterator[None]:
             torch.serialization.add_safe_globals(
                 [entry for entry in allowed if _allowed_name(entry) not in _NAMES]
                 + [(stand_in, name) for name, stand_in in _NAMES.items()]
+                + [(stand_in, stand_in.name) for stand_in in code]
+                + [(_Husk, "")]
             )
             yield
         finally:
@@ -276,42 +368,75 @@ def load_url(url: str, model_dir: str | None = None, map_location=None, progress
 def _guarded(loader, file, **kwargs):
     where = str(_where(file))
     source.set(where)
-    with _stock_names():
-        try:
-            checkpoint = _with_arrays(loader(file, **{**kwargs, "weights_only": True}), set())
-        except pickle.UnpicklingError as error:
-            raise UnsafeCheckpointError(_refusal(where, _foreign_names(file, error), error)) from error
-        except OSError:
-            raise
-        except Exception as error:  # what is wrong with a file ends in whatever the broken part runs into
-            if isinstance(error, RuntimeError) and "deserialize object on" in str(error):
-                raise  # a file that is whole, and no device for its tensors
-            raise CheckpointError(
-                f"{where} is not a whole checkpoint ({_first_line(error)}). Is it another kind of file, or cut short?"
-            ) from error
+    start = file.tell() if hasattr(file, "seek") else None
+
+    def read():
+        return loader(_rewound(file, start), **{**kwargs, "weights_only": True})
+
+    try:
+        checkpoint = _loaded(read, {}, _Code)
+        if isinstance(checkpoint, dict) and "param_schedulers" in checkpoint:
+            stored = checkpoint["param_schedulers"]
+            checkpoint["param_schedulers"] = without_code(stored, lambda value: isinstance(value, _Code))
+        checkpoint = _with_arrays(checkpoint, set())
+    except pickle.UnpicklingError as error:
+        named: dict[str, _Code] = {}
+        with contextlib.suppress(Exception):
+            _loaded(read, named, _LookedAt)
+        raise UnsafeCheckpointError(_refusal(where, _foreign_names(file, start, named, error), error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # what is wrong with a file ends in whatever the broken part runs into
+        if isinstance(error, RuntimeError) and "deserialize object on" in str(error):
+            raise  # a file that is whole, and no device for its tensors
+        raise CheckpointError(
+            f"{where} is not a whole checkpoint ({_first_line(error)}). Is it another kind of file, or cut short?"
+        ) from error
     make_inert(checkpoint)
     return checkpoint
+
+
+# As torch says which name it does not know, which function it does not call, of which class it makes no object.
+_UNKNOWN = re.compile(
+    r"(?:GLOBAL (\S+) was not an allowed|unrecognized function (\w\S*)|allowlisted .* but got (\w\S*))"
+)
+
+
+def _loaded(read: Callable[[], Any], code: dict[str, _Code], kind: type[_Code]):
+    """Load a file; each name in it that is not allowed goes to ``code``, and becomes what only says its name."""
+    while True:
+        try:
+            with _stock_names(code.values()):
+                return read()
+        except pickle.UnpicklingError as error:
+            unknown = _UNKNOWN.search(str(error))
+            name = unknown and next(filter(None, unknown.groups()))
+            name = name if not name or "." in name else f"builtins.{name}"  # torch drops that
+            if name is None or name in code or len(code) > 100:
+                raise
+            code[name] = kind(name)
 
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _foreign_names(file, error: Exception) -> list[str]:
+def _foreign_names(file, start: int | None, code: Iterable[str], error: Exception) -> list[str]:
     """What the file names that is not allowed; for the error's text only, and nothing is unpickled for it."""
-    found = re.findall(r"GLOBAL (\S+)", str(error))
-    with contextlib.suppress(Exception):  # it reads zip files in pickle protocol 2 only
-        found += torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(file))
+    found = [*code, *re.findall(r"GLOBAL (\S+)", str(error))]
+    found += [str(error)] if isinstance(error, _Refused) and re.fullmatch(r"[\w.]+", str(error)) else []
+    with contextlib.suppress(Exception), _stock_names(()):  # it reads zip files in pickle protocol 2 only
+        found += torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(file, start))
     if "Unsupported operand" in str(error):  # a protocol that the safe unpickler does not read at all
         with contextlib.suppress(Exception):
-            found += [name for name in _names_in(_rewound(file)) if name not in _NAMES]
+            found += [name for name in _names_in(_rewound(file, start)) if name not in _NAMES]
     # torch's message drops "builtins.", its list does not
     return sorted({name.removeprefix("builtins.") for name in found})
 
 
-def _rewound(file):
-    if hasattr(file, "seek"):
-        file.seek(0)
+def _rewound(file, start: int | None):
+    if start is not None:
+        file.seek(start)
     return file
 
 
@@ -336,15 +461,36 @@ def _where(source):
     return getattr(source, "name", type(source).__name__) if hasattr(source, "read") else source
 
 
+_NEVER_ADVISED = frozenset({"builtins", "os", "sys", "posix", "nt", "subprocess", "functools", "importlib", "shutil"})
+
+
 def _refusal(where: str, foreign: list[str], error: Exception) -> str:
     reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     return (
         f"The checkpoint {where} was refused, and nothing in it was executed: it contains "
         f"{', '.join(foreign) or reason}. Expected: tensors, plain Python values, and mmengine's HistoryBuffer and "
-        "numpy arrays of numbers. Other files can run any program when they are unpickled. Get one that holds only "
-        "weights, torch.save(dict(state_dict=model.state_dict()), path); or, if the class is your own, allow it "
-        "before loading with torch.serialization.add_safe_globals([...])."
+        "numpy arrays of numbers. Other files can run any program when they are unpickled. Ask its author for one that "
+        f"holds only weights, torch.save(dict(state_dict=model.state_dict()), path){_to_allow(foreign)}."
     )
+
+
+def _to_allow(names: list[str]) -> str:
+    """What to type so that a file with these names loads, where they are classes that its user may trust."""
+    modules = {name: _module_of(name) for name in names}
+    if not names or any(module.partition(".")[0] in _NEVER_ADVISED for module in modules.values()):
+        return ""
+    return (
+        "; or, if these are classes of your own and the file is from somebody you trust, allow them before it is "
+        f"loaded (in a config: in a module that custom_imports names): "
+        f"import {', '.join(sorted(set(modules.values())))}; torch.serialization.add_safe_globals([{', '.join(names)}])"
+    )
+
+
+def _module_of(name: str) -> str:
+    """Where a name that a file holds would come from; nothing is imported to find out."""
+    parts = name.split(".")
+    around = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+    return next((module for module in around if module in sys.modules), around[0] if around else "builtins")
 
 
 _ARRAY_NAMES = {name: stand_in for name, stand_in in _NAMES.items() if name.startswith("numpy.")}
@@ -383,10 +529,14 @@ def load_pickle(file: str | Path):
     return _with_arrays(loaded, set())
 
 
-class _TorchWithSafeLoad:
-    """The module ``torch`` as mmengine's checkpoint module sees it: the same, but for ``load``."""
+class _SafeTorch:
+    """The module ``torch`` as mmengine's checkpoint module sees it: the same, but for ``load`` and ``save``."""
 
     load = staticmethod(load_checkpoint)
+
+    @staticmethod
+    def save(checkpoint, file) -> None:
+        torch.save(as_plain(checkpoint), file)
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -540,14 +690,7 @@ class CheckpointNormHook(Hook):
             expect_whole_model("It would be evaluated with random numbers there: give the config of this checkpoint.")
 
 
-# ---- saving and resuming the message hub
-
-
-def _plain_history(buffer: HistoryBuffer) -> dict:
-    row = {"log_history": buffer._log_history, "count_history": buffer._count_history}
-    # As tensors: a list of a million floats takes the safe unpickler seconds, a tensor none.
-    plain = {name: torch.from_numpy(a) if a.dtype.kind in "biuf" else a.tolist() for name, a in row.items()}
-    return {**plain, "max_length": buffer.max_length}
+# ---- resuming the message hub
 
 
 def _is_plain_history(value) -> bool:
@@ -559,21 +702,6 @@ def _history_from(plain: dict) -> HistoryBuffer:
     # .cpu(): map_location may have sent them to the GPU with everything else
     arrays = (row.cpu().numpy() if isinstance(row, Tensor) else np.array(row) for row in rows)
     return _history(*arrays, plain["max_length"])
-
-
-def _saves_plain(state_dict):
-    @functools.wraps(state_dict)
-    def plain_state_dict(self):
-        state = state_dict(self)
-        for name, value in state["log_scalars"].items():
-            if type(value) is HistoryBuffer:
-                state["log_scalars"][name] = _plain_history(value)
-        state["runtime_info"] = apply_to(
-            state["runtime_info"], lambda value: isinstance(value, np.generic), lambda value: value.item()
-        )
-        return state
-
-    return plain_state_dict
 
 
 def _reads_plain(load_state_dict):
@@ -594,12 +722,11 @@ def _reads_plain(load_state_dict):
 
 
 def install() -> None:
-    """Replace what mmengine's checkpoint module loads with, and what its message hub saves."""
-    if isinstance(mmengine_checkpoint.torch, _TorchWithSafeLoad):
+    """Replace what mmengine's checkpoint module loads and saves with, and how its message hub resumes."""
+    if isinstance(mmengine_checkpoint.torch, _SafeTorch):
         return
     # Every scheme (file, http, s3, open-mmlab://, ...) loads through these two names of that module.
-    mmengine_checkpoint.torch = _TorchWithSafeLoad()
+    mmengine_checkpoint.torch = _SafeTorch()
     mmengine_checkpoint.load_url = load_url
-    MessageHub.state_dict = _saves_plain(MessageHub.state_dict)
     MessageHub.load_state_dict = _reads_plain(MessageHub.load_state_dict)
     tell("normplug: checkpoints are loaded with torch's safe unpickler, and saved so that it can read them")

@@ -18,6 +18,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.registry import HOOKS
 
+from normplug.openmmlab import run_state
 from normplug.openmmlab.atomic import atomic_write, remove_partial
 
 __all__ = ["CheckpointHook", "CheckpointNotSavedError", "WorkDirInUseError", "install"]
@@ -96,6 +97,13 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
             remove_partial(self.out_dir)  # of an earlier run: this one has the folder for itself
             if runner.iter == 0:
                 self._warn_of_earlier_run(runner)
+        run_state.validate_if_due(runner, saves_best=bool(self.save_best))
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        run_state.keep_gradients(runner, checkpoint)
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        run_state.return_gradients(runner, checkpoint)
 
     def after_train(self, runner) -> None:
         super().after_train(runner)
@@ -226,3 +234,4 @@ def install() -> None:
     mmengine_checkpoint.get_file_backend = _whole_files
     mmengine.hooks.CheckpointHook = CheckpointHook  # for configs that import it
     HOOKS.register_module(name="CheckpointHook", module=CheckpointHook, force=True)
+    run_state.install()

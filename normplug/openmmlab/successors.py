@@ -38,7 +38,8 @@ def successor(old: nn.Module, name: str, kind: type[nn.Module], norm_cfg: dict[s
         old: The norm that it is to follow.
         name: Path of the old one, for errors.
         kind: Class of the new one.
-        norm_cfg: Its arguments. eps, momentum, affine and act, where it takes them, are the old one's unless named.
+        norm_cfg: Its arguments. eps, momentum, affine, bias and act, where it takes them, are the old one's unless
+            named.
 
     Raises:
         ValueError: If the class does not take these arguments, this number of channels or the old norm's ``act``.
@@ -54,6 +55,8 @@ def successor(old: nn.Module, name: str, kind: type[nn.Module], norm_cfg: dict[s
         inherited["act"] = act
     if "affine" in accepted and getattr(old, "weight", None) is None:
         inherited["affine"] = False
+    elif "bias" in accepted and getattr(old, "bias", None) is None:
+        inherited["bias"] = False
     if "momentum" in accepted and issubclass(kind, _BatchNorm) and isinstance(old, _BatchNorm):
         inherited["momentum"] = old.momentum
     like = next(iter(old.state_dict().values()), torch.empty(0))

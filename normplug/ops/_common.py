@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normplug.ops._registration import is_exporting
+
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
@@ -14,6 +16,8 @@ __all__ = [
     "acc_dtype",
     "activate",
     "activation_grad",
+    "add_and_activate",
+    "affine",
     "as_parameter",
     "check_act",
     "check_groups",
@@ -22,7 +26,10 @@ __all__ = [
     "check_tensor",
     "dense",
     "for_backward",
+    "is_recorded",
     "per_channel",
+    "recalled_bias",
+    "recalled_residual",
     "with_plain_strides",
 ]
 
@@ -89,11 +96,13 @@ def check_parameters(name: str, x: Tensor, **parameters: Tensor | None) -> None:
         raise ValueError(
             f"{name} expects an input of shape (N, C, *), but got {tuple(x.shape)}. Add the missing axes by unsqueeze."
         )
-    channels, device = (x.shape[1],), x.get_device()
+    # A length that is traced is a tensor, neither True nor False, and whoever asks it for its value is warned.
+    channels, device = x.shape[1], x.get_device()
     for parameter, value in parameters.items():
         if value is None:
             continue
-        if isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == channels:
+        is_one = isinstance(value, Tensor) and value.dtype in DTYPES and value.ndim == 1
+        if is_one and (value.shape[0] == channels) is not False:
             if value.get_device() == device:
                 continue
             raise ValueError(
@@ -111,11 +120,26 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
     """Raise ValueError if num_groups does not divide the channels of x (N, C, *)."""
     if not isinstance(num_groups, int) or isinstance(num_groups, bool):
         raise ValueError(f"{name} takes an integer as num_groups, but got {num_groups!r}. Give one, for example 32.")
-    if num_groups < 1 or x.shape[1] % num_groups:
+    if num_groups < 1 or (x.shape[1] % num_groups == 0) is False:
         raise ValueError(
             f"{name} cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
             f"Use a number of groups that divides {x.shape[1]}."
         )
+
+
+def is_recorded() -> bool:
+    """Tell whether torch.jit traces or torch.export exports what is called."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and is_exporting())
+
+
+class _Wide(dict):
+    """Refuses what is no real number: of a complex one a cast would leave the real part."""
+
+    def __missing__(self, dtype: torch.dtype) -> torch.dtype:
+        raise TypeError(f"normplug computes with float16, bfloat16, float32 and float64, but got a tensor of {dtype}.")
+
+
+_WIDE = _Wide({dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES})
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -123,7 +147,7 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 
     Where squares of x, or their sum, pass its largest number, a norm returns 0 or NaN, as torch's own do.
     """
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _WIDE[x.dtype]
 
 
 def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
@@ -189,6 +213,13 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return x (N, C, *) scaled and shifted per channel, in the dtype of x."""
+    if weight is not None:
+        x = x * per_channel(weight.to(x.dtype), x)
+    return x if bias is None else x + per_channel(bias.to(x.dtype), x)
+
+
 _aten = torch.ops.aten
 # name -> (function, gradient of its argument z from that of its result): one pass, in the precision and layout of z
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -224,8 +255,32 @@ def for_backward(act: str | None, residual: Tensor | None, y: Tensor) -> tuple[s
     return act, None if act is None else residual
 
 
+def recalled_bias(ctx: Any, like: Tensor) -> Tensor | None:
+    """Return what stands for a bias in a formula, which was not kept: zeros of its dtype, or None for none."""
+    return None if ctx.bias_dtype is None else torch.zeros_like(like, dtype=ctx.bias_dtype, requires_grad=True)
+
+
+def recalled_residual(ctx: Any, x: Tensor, kept: Tensor | None) -> Tensor | None:
+    """Return what stands for a residual in a formula: what was kept, or zeros if it was the last thing added."""
+    if kept is not None or not ctx.has_residual:
+        return kept
+    return x.new_zeros(()).expand(x.shape).requires_grad_()
+
+
 def activation_grad(dy: Tensor, z: Tensor, act: str | None) -> Tensor:
     """Return the gradient of z from that of its activation (for ``RELU_OF_OUTPUT`` z is what the activation gave)."""
     if act is None:
         return dy
     return ACTIVATIONS["relu" if act == RELU_OF_OUTPUT else act][1](dy, z)
+
+
+def add_and_activate(z: Tensor, act: str | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return act(z + residual) in a dtype: how formulas end.
+
+    With ``RELU_OF_OUTPUT``, and what ReLU gave in the residual's place, only the derivatives are those of ReLU.
+    """
+    if residual is not None:
+        z = z + residual
+        if act == RELU_OF_OUTPUT:
+            return torch.where(residual.detach() > 0, z, 0).to(dtype)
+    return activate(z, act).to(dtype)

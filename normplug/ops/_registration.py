@@ -7,11 +7,14 @@ whole of torch's own group norm.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
+from torch._library import autograd
+from torch.autograd import forward_ad
 
 __all__ = [
     "KERNELS",
@@ -20,6 +23,9 @@ __all__ = [
     "define",
     "differentiable",
     "has_triton",
+    "in_torch",
+    "is_exporting",
+    "pull_back",
     "register_gradient",
     "use_kernel",
     "without_gradient",
@@ -40,6 +46,19 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 below_autograd = _AutoDispatchBelowAutograd
 
 Op = torch._ops.OpOverload
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
+def in_torch() -> bool:
+    """Tell whether a call shall go to an op's formula, in torch's operations, and not to the op.
+
+    That is so for whoever has rules for the former only: ``torch.func`` (jvp, vmap, gradients of gradients), forward
+    mode, and what is exported or traced for others to run, who have no op of ours.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
 
 
 def define(
@@ -102,8 +121,32 @@ def has_triton() -> bool:
 
 
 def register_gradient(op: Op, save: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give an op its gradient, as ``torch.library.register_autograd`` does: save(ctx, inputs, output), backward."""
-    torch.library.register_autograd(op._schema.name, backward, setup_context=save, lib=_LIBRARY)
+    """Give an op its gradient, as ``torch.library.register_autograd`` does: save(ctx, inputs, output), backward.
+
+    Forward mode raises an error, where torch would lose the tangents without a word.
+    """
+    run = autograd.make_autograd_impl(op, autograd.Info(_backward_fn=backward, _setup_context_fn=save))
+
+    def run_unless_dual(keyset, *args, **kwargs):
+        if forward_ad._current_level >= 0 and has_tangent(args):
+            raise RuntimeError(
+                f"{op._schema.name} has no forward-mode gradient. Call it through its function in normplug.ops, which "
+                f"uses torch's own operations there."
+            )
+        return run(keyset, *args, **kwargs)
+
+    _LIBRARY.impl(op._schema.name.partition("::")[2], run_unless_dual, "Autograd", with_keyset=True)
+
+
+def has_tangent(args: Iterable[Any]) -> bool:
+    """Tell whether a tensor among the arguments of an op, or in a list of them, is a dual number of forward mode."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if forward_ad.unpack_dual(arg).tangent is not None:
+                return True
+        elif isinstance(arg, (list, tuple)) and has_tangent(arg):
+            return True
+    return False
 
 
 def without_gradient(op: Op) -> Callable[..., Any]:
@@ -111,19 +154,22 @@ def without_gradient(op: Op) -> Callable[..., Any]:
 
     Calls pass by autograd where nobody asks.
     """
-    name = op._schema.name
 
     def refuse(ctx, *_):
         raise RuntimeError(
-            f"{name} has no gradient: no autograd formula was registered for it. Second derivatives of a layer of "
-            f"normplug are to be had from its formula in torch's own operations."
+            f"{op._schema.name} has no gradient: no autograd formula was registered for it. Second derivatives of a "
+            f"layer of normplug are to be had from its formula in torch's own operations."
         )
 
-    torch.library.register_autograd(name, refuse, lib=_LIBRARY)
+    register_gradient(op, lambda ctx, inputs, output: None, refuse)
     run = _runner(op)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if (
+            torch.compiler.is_compiling()
+            or forward_ad._current_level >= 0
+            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        ):
             return op(*args)
         return run(*args)
 
@@ -157,20 +203,28 @@ def _runner(op: Op) -> Callable[..., Any]:
 
 
 def differentiable(
-    op: Op, save: Callable[..., None], backward: Callable[..., Any], wanted: int = 1
+    op: Op,
+    formula: Callable[..., Any],
+    save: Callable[..., None],
+    recall: Callable[[Any], tuple[Any, ...]],
+    backward: Callable[..., Any],
+    wanted: int = 1,
 ) -> Callable[..., Any]:
     """Give an op its gradient, and return how to call it.
 
     Args:
         op: What ``define`` returned.
+        formula: The op's first result, or a tuple that begins with it, from its arguments, in torch's operations:
+            where gradients have gradients.
         save: (ctx, inputs, output) -> None, which keeps for backward what it needs.
+        recall: ctx -> arguments of the formula, from what was kept: their gradients are those of the op.
         backward: (ctx, *gradients of the results) -> gradients of the inputs.
         wanted: How many results the caller gets; only the first has a gradient.
 
     Returns:
         A function with the op's arguments and its first result, or so many in a tuple. In eager mode it goes to one
-        ``torch.autograd.Function`` directly. Compilers and ``torch.func`` see the op and the gradient that is
-        registered for it: the same functions.
+        ``torch.autograd.Function`` directly. Compilers see the op and the gradient that is registered for it: the same
+        functions. ``in_torch`` tells where to call the formula in its place.
     """
     register_gradient(op, save, backward)
     run = _runner(op)
@@ -190,12 +244,14 @@ def differentiable(
         def backward(ctx, dy, *_):
             if dy is None:
                 return (None,) * len(ctx.needs_input_grad)
+            if torch.is_grad_enabled() or in_torch():
+                return pull_back(formula, recall(ctx), ctx.needs_input_grad, dy)
             return backward(ctx, dy, *others_gradients)
 
     Eager.__name__ = Eager.__qualname__ = op._schema.name.partition("::")[2]  # as it stands in the grad_fn of results
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             output = op(*args)
             return (output[0] if wanted == 1 else output[:wanted]) if many else output
         if not torch.is_grad_enabled():
@@ -208,3 +264,24 @@ def differentiable(
         return y if wanted == 1 else (y, *others[: wanted - 1])
 
     return call
+
+
+def pull_back(
+    formula: Callable[..., Any], args: Sequence[Any], needed: Sequence[bool], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of arguments from that of a formula's first result: such as have gradients themselves.
+
+    Args:
+        formula: Returns a tensor, or a tuple that begins with it.
+        args: What it is called with.
+        needed: Of which of them, tensors, the gradient is wanted; it is None for the others.
+        dy: Gradient of the result.
+    """
+    with torch.enable_grad():
+        # Views: what else arguments have to do with each other is not the formula's.
+        views = [arg.view_as(arg) if need else arg for arg, need in zip(args, needed, strict=True)]
+        result = formula(*views)
+    y = result[0] if isinstance(result, tuple) else result
+    wanted = [view for view, need in zip(views, needed, strict=True) if need]
+    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return tuple(next(gradients) if need else None for need in needed)

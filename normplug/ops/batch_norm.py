@@ -7,12 +7,15 @@ ranks (SyncBN), or statistics of earlier iterations (CBN).
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._common import (
     RELU_OF_OUTPUT,
     acc_dtype,
     activate,
     activation_grad,
+    add_and_activate,
+    affine,
     as_parameter,
     check_act,
     check_parameters,
@@ -20,10 +23,12 @@ from normplug.ops._common import (
     dense,
     for_backward,
     is_channels_last,
+    is_recorded,
     per_channel,
+    recalled_residual,
     with_plain_strides,
 )
-from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
+from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = [
     "batch_norm_act",
@@ -66,9 +71,14 @@ def batch_norm_act(
     Reference:
         S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithm 1.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(batch_norm_act, (x,), x, weight, bias, eps, act, residual)
     check_act(act)
     check_parameters("batch_norm_act", x, weight=weight, bias=bias)
     check_residual("batch_norm_act", x, residual)
+    if in_torch():
+        y, mean, var = formula_act(x, weight, bias, eps, act, residual)
+        return y, mean.detach(), var.detach()
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)
@@ -76,6 +86,19 @@ def batch_norm_act(
     if mean.requires_grad:  # as the op of a compiled graph has it
         mean, m2 = mean.detach(), m2.detach()
     return y, mean, m2 / max(_count(x), 1)
+
+
+def formula_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``batch_norm_act`` does, by torch's operations: mean and variance have a gradient here."""
+    t, rest = x.to(acc_dtype(x)), (0, *range(2, x.ndim))
+    count = max(_count(x), 1)
+    mean = t.sum(rest) / count
+    centred = t - per_channel(mean, x)
+    var = centred.square().sum(rest) / count
+    z = affine(centred * per_channel((var + eps).rsqrt(), x), weight, bias)
+    return add_and_activate(z, act, residual, x.dtype), mean, var
 
 
 def batch_normalize(
@@ -117,6 +140,9 @@ def batch_normalize(
         ValueError: If x has no channel axis, the activation is unknown, residual is not shaped as x, a statistic or
             parameter is not (C,), or only one of the shares is given.
     """
+    if has_torch_function_unary(x):
+        args = x, mean, rstd, weight, bias, act, residual, mean_share, var_share
+        return handle_torch_function(batch_normalize, (x,), *args)
     check_act(act)
     shares = {"mean_share": mean_share, "var_share": var_share}
     check_parameters("batch_normalize", x, mean=mean, rstd=rstd, weight=weight, bias=bias, **shares)
@@ -126,10 +152,44 @@ def batch_normalize(
             "batch_normalize takes mean_share and var_share together or neither, but got only one of them. "
             "Pass zeros for a statistic that does not depend on x."
         )
+    if in_torch():
+        return formula(x, mean, rstd, weight, bias, act, residual, mean_share, var_share)
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)
     return _call(x, mean, rstd, weight, bias, act, residual, mean_share, var_share)
+
+
+def formula(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str | None,
+    residual: Tensor | None,
+    mean_share: Tensor | None,
+    var_share: Tensor | None,
+) -> Tensor:
+    """Return ``batch_normalize`` by torch's operations.
+
+    Mean and variance are functions of x whose values are those given. With s the shares and S, Q the sums of x - mean
+    and of its square, of which only the derivatives count,
+
+        mean(x) = mean + s S,    variance(x) = 1/rstd² + s Q - (s S)²
+
+    as of a mean of means, and a mean of squares less its square.
+    """
+    mean, rstd = mean.detach(), rstd.detach()
+    centred = x.to(mean.dtype) - per_channel(mean, x)
+    if mean_share is not None and var_share is not None:
+        rest = (0, *range(2, x.ndim))
+        sums, squares = centred.sum(rest), centred.square().sum(rest)
+        moved = mean_share * (sums - sums.detach())
+        rstd = (rstd.pow(-2) + var_share * (squares - squares.detach()) - moved.square()).rsqrt()
+        centred = centred - per_channel(moved, x)
+    z = affine(centred * per_channel(rstd, x), weight, bias)
+    return add_and_activate(z, act, residual, x.dtype)
 
 
 def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +253,8 @@ def stock_batch_norm(
     choice: with the strides of its layout, and if that is the contiguous one, with one axis of positions.
     """
     args = running_mean, running_var, weight, bias, training, momentum, eps
-    if not x.is_cpu or x.ndim < 4 or 1 not in x.shape or not torch.is_grad_enabled():
+    # A graph for others to run, at other sizes, must not depend on this one's.
+    if not (x.is_cpu and x.ndim > 3 and torch.is_grad_enabled()) or is_recorded() or 1 not in x.shape:
         return F.batch_norm(x, *args)
     if x.is_contiguous():
         return F.batch_norm(x.flatten(2), *args).view(x.shape)
@@ -385,6 +446,11 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, mean, rstd, weight, bias, residual, mean_share, var_share)
 
 
+def _recall(ctx):
+    x, mean, rstd, weight, bias, residual, *shares = ctx.saved_tensors
+    return x, mean, rstd, weight, bias, ctx.act, recalled_residual(ctx, x, residual), *shares
+
+
 def _backward(ctx, dy: Tensor):
     x, mean, rstd, weight, bias, residual, mean_share, var_share = ctx.saved_tensors
     args = dy, x, mean, rstd, weight, bias, ctx.act, residual
@@ -411,7 +477,7 @@ def _backward(ctx, dy: Tensor):
     )
 
 
-_call = differentiable(_op, _save, _backward)
+_call = differentiable(_op, formula, _save, _recall, _backward)
 
 
 def reference_act(
@@ -461,11 +527,16 @@ _call_act_backward = without_gradient(_act_backward_op)
 
 
 def _save_act(ctx, inputs, output) -> None:
-    x, weight, bias, _, act, residual = inputs
+    x, weight, bias, ctx.eps, act, residual = inputs
     y, mean, rstd, _ = output
     ctx.has_residual = residual is not None
     ctx.act, residual = for_backward(act, residual, y)
     ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
+
+
+def _recall_act(ctx):
+    x, _, _, weight, bias, residual = ctx.saved_tensors
+    return x, weight, bias, ctx.eps, ctx.act, recalled_residual(ctx, x, residual)
 
 
 def _backward_act(ctx, dy: Tensor, *_statistics):  # they leave this file detached: no gradient
@@ -483,4 +554,4 @@ def _backward_act(ctx, dy: Tensor, *_statistics):  # they leave this file detach
     )
 
 
-_act = differentiable(_act_op, _save_act, _backward_act, wanted=4)
+_act = differentiable(_act_op, formula_act, _save_act, _recall_act, _backward_act, wanted=4)

@@ -1,11 +1,14 @@
 """evonorm_b0: x divided by the larger of its batch's deviation and v * x plus its instance's deviation."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, as_parameter, check_parameters, dense
-from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
+from normplug.ops._common import acc_dtype, affine, as_parameter, check_parameters, dense, per_channel, recalled_bias
+from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["evonorm_b0"]
 
@@ -42,9 +45,32 @@ def evonorm_b0(
     Reference:
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(evonorm_b0, (x,), x, weight, bias, v, batch_var, eps)
     check_parameters("evonorm_b0", x, weight=weight, bias=bias, v=v, batch_var=batch_var)
-    y, _, _, var = _call(dense(x), weight, bias, v, batch_var, eps)
+    if in_torch():
+        y, var = formula(x, weight, bias, v, batch_var, eps)
+    else:
+        y, _, _, var = _call(dense(x), weight, bias, v, batch_var, eps)
     return y, var.detach()
+
+
+def formula(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor, batch_var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return what ``evonorm_b0`` does, by torch's operations: the variance has a gradient here."""
+    t, positions = x.to(acc_dtype(x)), tuple(range(2, x.ndim))
+    size = math.prod(x.shape[2:])
+    mean = t.sum(positions, keepdim=True) / size if positions else t
+    var = (t - mean).square().sum(positions, keepdim=True) / size if positions else torch.zeros_like(t)
+    if batch_var is not None:
+        total = batch_var.to(t.dtype).detach()
+    else:
+        by_sample = (t.shape[0], t.shape[1])
+        total = var.reshape(by_sample).mean(0) + mean.reshape(by_sample).var(0, correction=0)
+    bound = per_channel((total + eps).sqrt(), x)
+    other = per_channel(v.to(t.dtype), x) * t + (var + eps).sqrt()
+    return affine(t / torch.where(other > bound, other, bound), weight, bias).to(x.dtype), total
 
 
 def reference(
@@ -167,6 +193,11 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, *output[1:], weight, v)
 
 
+def _recall(ctx):
+    x, _, _, var, weight, v = ctx.saved_tensors
+    return x, weight, recalled_bias(ctx, v), v, None if ctx.training else var, ctx.eps
+
+
 def _backward(ctx, dy: Tensor, _dmean, _dstd, _dvar):  # the variance leaves this file detached
     x, mean, std, var, weight, v = ctx.saved_tensors
     dx, dweight, dbias, dv = _call_backward(dy, x, mean, std, var, weight, v, ctx.eps, ctx.training)
@@ -180,4 +211,4 @@ def _backward(ctx, dy: Tensor, _dmean, _dstd, _dvar):  # the variance leaves thi
     )
 
 
-_call = differentiable(_op, _save, _backward, wanted=4)
+_call = differentiable(_op, formula, _save, _recall, _backward, wanted=4)

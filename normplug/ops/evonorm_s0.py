@@ -1,11 +1,23 @@
 """evonorm_s0: x * sigmoid(v * x) divided by the standard deviation of its group."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, as_parameter, check_groups, check_parameters, dense
-from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
+from normplug.ops._common import (
+    acc_dtype,
+    affine,
+    as_parameter,
+    check_groups,
+    check_parameters,
+    dense,
+    per_channel,
+    recalled_bias,
+)
+from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["evonorm_s0"]
 
@@ -42,9 +54,25 @@ def evonorm_s0(
     Reference:
         H. Liu, A. Brock, K. Simonyan, Q. Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 2.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(evonorm_s0, (x,), x, num_groups, weight, bias, v, eps)
     check_parameters("evonorm_s0", x, weight=weight, bias=bias, v=v)
     check_groups("evonorm_s0", x, num_groups)
+    if in_torch():
+        return formula(x, num_groups, weight, bias, v, eps)
     return _call(dense(x), num_groups, weight, bias, v, eps)
+
+
+def formula(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, v: Tensor, eps: float) -> Tensor:
+    """Return ``evonorm_s0`` by torch's operations."""
+    t = x.to(acc_dtype(x))
+    by_group = t.unflatten(1, (num_groups, -1))
+    rest = tuple(range(2, by_group.ndim))
+    size = math.prod(by_group.shape[2:])
+    centred = by_group - by_group.sum(rest, keepdim=True) / size
+    var = centred.square().sum(rest, keepdim=True) / size
+    z = (t * torch.sigmoid(per_channel(v.to(t.dtype), x) * t)).unflatten(1, (num_groups, -1))
+    return affine((z * (var + eps).rsqrt()).flatten(1, 2), weight, bias).to(x.dtype)
 
 
 def _spread(stats: Tensor, channels: int) -> Tensor:
@@ -140,9 +168,14 @@ _call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, _, weight, bias, v, _ = inputs
+    x, ctx.num_groups, weight, bias, v, ctx.eps = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, output[1], output[2], weight, v)
+
+
+def _recall(ctx):
+    x, _, _, weight, v = ctx.saved_tensors
+    return x, ctx.num_groups, weight, recalled_bias(ctx, v), v, ctx.eps
 
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
@@ -158,4 +191,4 @@ def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave th
     )
 
 
-_call = differentiable(_op, _save, _backward)
+_call = differentiable(_op, formula, _save, _recall, _backward)

@@ -1,11 +1,14 @@
 """filter_response_norm: each map divided by its root mean square, then kept above a learned threshold."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
-from normplug.ops._common import acc_dtype, check_parameters, dense
-from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
+from normplug.ops._common import acc_dtype, affine, check_parameters, dense, per_channel
+from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["filter_response_norm"]
 
@@ -37,22 +40,27 @@ def filter_response_norm(
         S. Singh, S. Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of
         Deep Neural Networks", CVPR 2020, eq. 1 to 3.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(filter_response_norm, (x,), x, weight, bias, tau, eps)
     check_parameters("filter_response_norm", x, weight=weight, bias=bias, tau=tau)
-    x = dense(x)
     if tau is None:
         tau = weight.new_full(weight.shape, float("-inf"))
+    # A learned eps too: it is learned where maps are tiny, and no pass over them is worth saving.
+    if in_torch() or isinstance(eps, Tensor):
+        return formula(x, weight, bias, tau, eps)
+    return _call(dense(x), weight, bias, tau, eps)
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: float | Tensor) -> Tensor:
+    """Return ``filter_response_norm`` by torch's operations."""
+    t, positions = x.to(acc_dtype(x)), tuple(range(2, x.ndim))
+    squares = t.square()
+    mean = squares.sum(positions, keepdim=True) / max(1, math.prod(x.shape[2:])) if positions else squares
     if isinstance(eps, Tensor):
-        return _with_learned_eps(x, weight, bias, tau, eps)
-    return _call(x, weight, bias, tau, eps)
-
-
-def _with_learned_eps(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
-    """Leave the gradients to autograd: eps is learned where maps are tiny, and no pass over them is worth saving."""
-    x3 = planes(x).to(acc_dtype(x))
-    weight, bias, tau, eps = (t.to(x3.dtype).unsqueeze(1) for t in (weight, bias, tau, eps))
-    mean = x3.square().sum(2, keepdim=True) / max(1, x3.shape[2])
-    z = x3 / (mean + eps).sqrt() * weight + bias  # not rsqrt: its cube, in the gradient, is 0 for large x
-    return torch.where(z < tau, tau, z).to(x.dtype).view(x.shape)
+        eps = per_channel(eps.to(t.dtype), x)
+    z = affine(t / (mean + eps).sqrt(), weight, bias)  # not rsqrt: its cube, in the gradient, is 0 for large x
+    tau = per_channel(tau.to(t.dtype), x)
+    return torch.where(z <= tau, tau, z).to(x.dtype)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -121,8 +129,13 @@ _call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, tau, _ = inputs
+    x, weight, bias, tau, ctx.eps = inputs
     ctx.save_for_backward(x, output[1], weight, bias, tau)
+
+
+def _recall(ctx):
+    x, _, *parameters = ctx.saved_tensors
+    return x, *parameters, ctx.eps
 
 
 def _backward(ctx, dy: Tensor, _drstd):  # rstd never leaves this file: no gradient
@@ -131,4 +144,4 @@ def _backward(ctx, dy: Tensor, _drstd):  # rstd never leaves this file: no gradi
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dtau.to(tau.dtype), None
 
 
-_call = differentiable(_op, _save, _backward)
+_call = differentiable(_op, formula, _save, _recall, _backward)

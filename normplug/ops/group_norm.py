@@ -1,10 +1,12 @@
 """group_norm: normalize groups of channels per sample, then add a residual and activate, in one op."""
 
+import math
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import Block, blocks, planes, sample_blocks
 from normplug.ops._common import (
@@ -12,6 +14,8 @@ from normplug.ops._common import (
     acc_dtype,
     activate,
     activation_grad,
+    add_and_activate,
+    affine,
     as_parameter,
     check_act,
     check_groups,
@@ -20,8 +24,9 @@ from normplug.ops._common import (
     dense,
     for_backward,
     is_channels_last,
+    recalled_residual,
 )
-from normplug.ops._registration import define, differentiable, use_kernel, without_gradient
+from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["group_norm"]
 
@@ -61,16 +66,40 @@ def group_norm(
     Reference:
         Y. Wu, K. He, "Group Normalization", ECCV 2018, eq. 1, 2 and 7.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(group_norm, (x,), x, num_groups, weight, bias, eps, act, residual)
     check_act(act)
     check_parameters("group_norm", x, weight=weight, bias=bias)
     check_groups("group_norm", x, num_groups)
     check_residual("group_norm", x, residual)
+    if in_torch():
+        return formula(x, num_groups, weight, bias, eps, act, residual)
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)
     if _leave_to_aten(x, num_groups):
         return _by_aten(x, num_groups, weight, bias, eps, act, residual)
     return _call(x, num_groups, weight, bias, eps, act, residual)
+
+
+def formula(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Return ``group_norm`` by torch's own, in the precision of the op."""
+    t = x.to(acc_dtype(x))
+    weight, bias = (None if p is None else p.to(t.dtype) for p in (weight, bias))
+    if x.shape[1] == num_groups and math.prod(x.shape[2:]) == 1:  # no spread: see _native
+        z = affine(t - t, weight, bias)
+    else:
+        # One axis of positions, so that ATen takes nothing for channels-last: see _native.
+        z = F.group_norm(t.flatten(2) if x.ndim > 3 else t, num_groups, weight, bias, eps).view(x.shape)
+    return add_and_activate(z, act, residual, x.dtype)
 
 
 # Bytes from which malloc fetches new memory, which the system clears, for every tensor: what costs most there.
@@ -301,11 +330,16 @@ _call_backward = without_gradient(_backward_op)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, _, weight, bias, _, act, residual = inputs
+    x, ctx.num_groups, weight, bias, ctx.eps, act, residual = inputs
     y, mean, rstd = output
     ctx.has_residual = residual is not None
     ctx.act, residual = for_backward(act, residual, y)
     ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
+
+
+def _recall(ctx):
+    x, _, _, weight, bias, residual = ctx.saved_tensors
+    return x, ctx.num_groups, weight, bias, ctx.eps, ctx.act, recalled_residual(ctx, x, residual)
 
 
 def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave this file: no gradient
@@ -324,4 +358,4 @@ def _backward(ctx, dy: Tensor, _dmean, _drstd):  # the statistics never leave th
     )
 
 
-_call = differentiable(_op, _save, _backward)
+_call = differentiable(_op, formula, _save, _recall, _backward)

@@ -1,13 +1,23 @@
 """weight_standardize: each filter of a convolution with mean 0 and deviation 1, for one weight or for many."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import row_blocks
 from normplug.ops._common import acc_dtype, check_tensor, dense, is_channels_last
-from normplug.ops._registration import below_autograd, define, register_gradient, use_kernel, without_gradient
+from normplug.ops._registration import (
+    below_autograd,
+    define,
+    in_torch,
+    pull_back,
+    register_gradient,
+    use_kernel,
+    without_gradient,
+)
 
 __all__ = ["weight_standardize", "weight_standardize_many"]
 
@@ -34,6 +44,8 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, correction: int = 1, e
         S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", arXiv
         1903.10520; the defaults are those of the authors' PyTorch code (unbiased, eps outside the root).
     """
+    if has_torch_function_unary(weight):
+        return handle_torch_function(weight_standardize, (weight,), weight, eps, correction, eps_inside)
     return weight_standardize_many([weight], eps, correction, eps_inside)[0]
 
 
@@ -56,12 +68,27 @@ def weight_standardize_many(
     """
     for weight in weights:
         _check(weight, correction)
+    if in_torch():
+        return [formula(weight, eps, correction, eps_inside) for weight in weights]
     weights = [dense(weight) for weight in weights]
     if not weights:
         return []
     if _needs_eager_gradients(weights):
         return list(_Standardize.apply((eps, correction, eps_inside), *weights))
     return _standardize(weights, eps, correction, eps_inside)[0]
+
+
+def formula(weight: Tensor, eps: float, correction: int, eps_inside: bool) -> Tensor:
+    """Return ``weight_standardize`` by torch's operations."""
+    w = weight.to(acc_dtype(weight))
+    rest = tuple(range(1, w.ndim))
+    centred = w - w.mean(rest, keepdim=True)
+    var = centred.square().sum(rest, keepdim=True) / (math.prod(w.shape[1:]) - correction)
+    if eps_inside:
+        return (centred / (var + eps).sqrt()).to(weight.dtype)
+    spread = var > 0  # the root of 0 has no derivative, and equal values need none
+    std = torch.where(spread, torch.where(spread, var, 1).sqrt(), 0)
+    return (centred / (std + eps)).to(weight.dtype)
 
 
 def _check(weight: Tensor, correction: int) -> None:
@@ -241,6 +268,10 @@ class _Standardize(torch.autograd.Function):
                 "which needs it as it was. Update weights (optimizer.step(), load_state_dict()) after backward()."
             )
         result: list[Tensor | None] = [None] * len(grads)
+        if torch.is_grad_enabled() or in_torch():
+            for i in used:
+                result[i] = pull_back(formula, (weights[i], *options), (True, False, False, False), grads[i])[0]
+            return None, *result
         if used and len(used) < len(weights):
             means, stds = _of_each(weights, mean, std)
             mean, std = torch.cat([means[i] for i in used]), torch.cat([stds[i] for i in used])
@@ -266,7 +297,6 @@ def _standardize(weights: Sequence[Tensor], *options) -> tuple[list[Tensor], Ten
 def _needs_eager_gradients(weights: list[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and torch.is_grad_enabled()
         and any(weight.requires_grad for weight in weights)
     )

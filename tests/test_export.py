@@ -1,0 +1,239 @@
+"""What a stock norm can be turned into, ours can: graphs of torch.fx, traces, TorchScript, exported programs, ONNX."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from cases import DEVICE
+from torch import nn
+
+from normplug import layers
+from normplug.layers import (
+    BatchNormAct,
+    CrossIterationBatchNorm,
+    EvoNormB0,
+    EvoNormS0,
+    FilterResponseNorm,
+    FrozenBatchNorm,
+    GroupNorm,
+    SyncBatchNorm,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+)
+
+C = 8
+NORMS = {
+    "GN": lambda: GroupNorm(C, 2),
+    "GN-silu": lambda: GroupNorm(C, 2, act="silu"),
+    "GN-no-bias": lambda: GroupNorm(C, channels_per_group=2, bias=False),
+    "GN-no-affine": lambda: GroupNorm(C, 2, affine=False),
+    "BNAct": lambda: BatchNormAct(C),
+    "BNAct-relu": lambda: BatchNormAct(C, act="relu"),
+    "BNAct-by-batch": lambda: BatchNormAct(C, track_running_stats=False),
+    "SyncBN": lambda: SyncBatchNorm(C),
+    "CBN": lambda: CrossIterationBatchNorm(C, act="gelu"),
+    "CBN-eps-outside": lambda: CrossIterationBatchNorm(C, eps=0.1, eps_mode="outside"),
+    "FrozenBatchNorm": lambda: FrozenBatchNorm(C),
+    "FrozenBatchNorm-leaky": lambda: FrozenBatchNorm(C, act="leaky_relu"),
+    "EvoNormS0": lambda: EvoNormS0(C, 2),
+    "EvoNormS0-affine": lambda: EvoNormS0(C, apply_act=False),
+    "EvoNormS0-no-affine": lambda: EvoNormS0(C, affine=False),
+    "EvoNormB0": lambda: EvoNormB0(C),
+    "EvoNormB0-affine": lambda: EvoNormB0(C, apply_act=False),
+    "FRN": lambda: FilterResponseNorm(C),
+    "FRN-no-act": lambda: FilterResponseNorm(C, apply_act=False),
+    "FRN-learned-eps": lambda: FilterResponseNorm(C, learnable_eps=True, eps_per_channel=True),
+}
+CONVOLUTIONS = {
+    "ConvWS1d": lambda: WSConv1d(C, C, 3, padding=1),
+    "ConvWS2d": lambda: WSConv2d(C, C, 3, stride=2, padding=1, groups=2, bias=False),
+    "ConvWS2d-same-reflect": lambda: WSConv2d(C, C, (3, 2), dilation=2, padding="same", padding_mode="reflect"),
+    "ConvWS3d": lambda: WSConv3d(C, C, 3, eps_inside=True, correction=0),
+}
+each_norm = pytest.mark.parametrize("name", NORMS)
+each = pytest.mark.parametrize("name", {**NORMS, **CONVOLUTIONS})
+# torch.jit is on its way out, and says so wherever it is called
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:.*empty non-base:UserWarning"),
+]
+
+
+def shaken(layer):
+    """The layer in evaluation, with values that a forgotten one of them would be seen by."""
+    for key, t in (*layer.named_parameters(), *layer.named_buffers()):
+        if t.is_floating_point():
+            nn.init.uniform_(t, 0.5, 2) if key == "running_var" else nn.init.normal_(t, mean=1.0)
+    return layer.to(DEVICE).eval()
+
+
+def build(name):
+    return shaken({**NORMS, **CONVOLUTIONS}[name]())
+
+
+def inputs(layer, sizes=((2, 7), (1, 9))):
+    """Inputs of several sizes, the first for the tracer."""
+    axes = next((a for a, conv in ((1, nn.Conv1d), (3, nn.Conv3d)) if isinstance(layer, conv)), 2)
+    return [torch.randn(n, C, *[p, *[6, 5][: axes - 1]], device=DEVICE) for n, p in sizes]
+
+
+class Net(nn.Module):
+    """A layer within a model, with a convolution before it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        axes = inputs(layer)[0].ndim - 2
+        self.conv, self.layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](C, C, 1), layer
+        self.to(DEVICE).train(layer.training)
+
+    def forward(self, x):
+        return self.layer(self.conv(x)).relu()
+
+
+def assert_same(got, want, x):
+    with torch.no_grad():
+        torch.testing.assert_close(got(x), want(x))
+
+
+# --- torch.fx
+
+
+@each
+def test_fx_of_a_layer_by_itself(name):
+    layer = build(name)
+    if name == "BNAct-by-batch":  # as torch's batch norms: one that asks how many values there are
+        with pytest.raises(torch.fx.proxy.TraceError, match="control flow"):
+            torch.fx.symbolic_trace(layer)
+        return
+    graph = torch.fx.symbolic_trace(layer)
+    saved = io.BytesIO()
+    torch.save(graph, saved)
+    saved.seek(0)
+    for again in (graph, copy.deepcopy(graph), torch.load(saved, weights_only=False), torch.fx.symbolic_trace(graph)):
+        for x in inputs(layer):
+            torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@each
+def test_fx_of_a_model_has_the_layer_as_one_node(name, training):
+    net = Net(build(name)).train(training)
+    graph = torch.fx.symbolic_trace(net)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["conv", "layer"]
+    assert type(graph.layer) is type(net.layer)
+    want, got = copy.deepcopy(net), copy.deepcopy(graph)
+    for x in inputs(net.layer):
+        torch.testing.assert_close(got(x), want(x), rtol=0, atol=0)
+    torch.testing.assert_close(got.state_dict(), want.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["GN-silu", "BNAct-relu", "CBN", "FrozenBatchNorm-leaky"])
+def test_fx_takes_what_a_call_brings(name):
+    layer = build(name)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, x.neg(), "relu") + self.layer(x, act="gelu") + self.layer(x)
+
+    (x, _), block = inputs(layer), Block()
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x), rtol=0, atol=0)
+    alone = torch.fx.symbolic_trace(layer)
+    torch.testing.assert_close(alone(x, x.neg(), "relu"), layer(x, x.neg(), "relu"), rtol=0, atol=0)
+    torch.testing.assert_close(alone(x), layer(x), rtol=0, atol=0)
+
+
+def test_torchvision_finds_the_features_before_and_behind_a_layer():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    net = Net(build("EvoNormS0"))
+    x, _ = inputs(net.layer)
+    features = create_feature_extractor(net, ["conv", "layer"])(x)
+    torch.testing.assert_close(features, {"conv": net.conv(x), "layer": net.layer(net.conv(x))})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("norm", ["GN", "SyncBN", "EvoNormB0", "FRN", "CBN", "BNAct"])
+def test_fx_and_a_trace_of_toolkits_models(norm):
+    pytest.importorskip("mmdet.models")
+    from mmdet.registry import MODELS
+
+    cfg = dict(type="mmdet.ResNet", depth=18, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
+    net = MODELS.build(dict(cfg, norm_cfg=dict(type=norm), conv_cfg=dict(type="ConvWS"), norm_eval=False))
+    net.to(DEVICE).eval()
+    x = torch.randn(1, 3, 32, 32, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x))
+
+
+# --- TorchScript
+
+
+@each
+def test_torchscript(name):
+    """Values in every dtype and at every rank; the layer that was given stays what it is."""
+    layer = build(name)
+    net = Net(layer)
+    script, alone = torch.jit.script(net), torch.jit.script(layer)
+    assert type(net.layer) is type(layer)
+    saved = io.BytesIO()
+    torch.jit.save(script, saved)
+    saved.seek(0)
+    loaded = torch.jit.load(saved)
+    assert loaded.state_dict().keys() <= net.state_dict().keys()
+    for x in inputs(layer):
+        assert_same(script, net, x)
+        assert_same(loaded, net, x)
+    if name in NORMS:
+        (x, _) = inputs(layer)
+        for other in (x.flatten(2), x.unsqueeze(4).unsqueeze(4), x[:0], x.to(memory_format=torch.channels_last)):
+            assert_same(alone, layer, other)
+    for dtype in (torch.float64, torch.bfloat16):
+        half = copy.deepcopy(layer).to(dtype)
+        for t in half.buffers():
+            t.data = t.to(dtype) if t.is_floating_point() else t
+        assert_same(torch.jit.script(half), half, x.to(dtype))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_torchscript_trains_a_batch_norm(momentum):
+    layer = shaken(BatchNormAct(C, momentum=momentum, act="silu")).train()
+    script = torch.jit.script(copy.deepcopy(layer))
+    for x in inputs(layer):
+        torch.testing.assert_close(script(x), layer(x))
+    torch.testing.assert_close(dict(script.state_dict()), dict(layer.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["SyncBN", "CBN", "EvoNormB0"])
+def test_torchscript_does_not_train_what_it_cannot(name):
+    layer = build(name).train()
+    x, _ = inputs(layer)
+    with pytest.raises(torch.jit.Error, match=r"is trained in Python alone: call eval\(\)"):
+        torch.jit.script(layer)(x)
+
+
+# --- what looks at every attribute
+
+
+@each
+def test_attributes_are_without_side_effects(name):
+    for layer in (build(name), build(name).train()):
+        assert not hasattr(layer, "qconfig")
+        for key, _ in inspect.getmembers(layer):
+            getattr(layer, key, None)
+        again = pickle.loads(pickle.dumps(layer))
+        x, _ = inputs(layer)
+        torch.testing.assert_close(again.eval()(x), layer.eval()(x), rtol=0, atol=0)
+
+
+def test_every_layer_is_tried_here():
+    tried = {type(make()).__name__ for make in {**NORMS, **CONVOLUTIONS}.values()}
+    assert tried == set(layers.__all__)
