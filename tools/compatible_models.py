@@ -4,7 +4,7 @@
     python tools/compatible_models.py                      # all of them, and writes the page
     python tools/compatible_models.py --only mmseg.ResNet  # prints what becomes of one
 
-A backbone takes a norm if it is built with it, the weights are initialized as by a Runner, no batch norm of another kind
+A backbone takes a norm if it is built with it, initialized as by a Runner, no batch norm of another kind
 is left, and one training step gives every parameter that takes part a finite gradient.
 """
 

@@ -23,6 +23,8 @@ toolkits' classes are looked up where somebody has imported them and are never i
 
 import functools
 import importlib.util
+import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -33,12 +35,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from normplug.layers.evonorm import EvoNormS0
 from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
-from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of
+from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of, stock_class
 from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.cross_iteration import check_cross_iteration
 from normplug.openmmlab.placement import REPLACED, contains_activation, place_activations, places_itself
-from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
+from normplug.openmmlab.resnet3d import CallsEveryNormBn, InflatesEveryNorm, load_from_detectron_as_rgb
 
 __all__ = ["adapt", "fuse_activations", "install", "registries"]
 
@@ -66,8 +69,10 @@ def adapt(model: nn.Module) -> nn.Module:
     """
     if not any(map(is_ours, model.modules())):
         return model
+    _check_tokens(model)
     _choose_activations(model)
     place_activations(model)
+    _widen_groups(model)
     for path, module in model.named_modules():
         if any(map(_can_activate, module.children())) or isinstance(module, _residual_blocks_3d()):
             _let_norms_activate(module, path, model)
@@ -75,6 +80,10 @@ def adapt(model: nn.Module) -> nn.Module:
             derive(module, FreezesEveryStatistic)
         if isinstance(module, imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
             derive(module, InflatesEveryNorm)
+        elif isinstance(module, _other_backbones_of_bn()):
+            derive(module, CallsEveryNormBn)
+        if isinstance(module, _blocks_of_two_layouts()) and is_ours(module.norm):
+            derive(module.norm, TakesLayout)
     if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
         standardize_together(model)
     check_cross_iteration(model)
@@ -320,6 +329,78 @@ def _has_statistics_to_freeze(module: nn.Module) -> bool:
 
 def _keeps_other_statistics(layer: nn.Module) -> bool:
     return is_ours(layer) and not isinstance(layer, _BatchNorm) and layer._buffers.get("running_var") is not None
+
+
+# --- what else the toolkits take for granted
+
+
+def _other_backbones_of_bn() -> tuple[type, ...]:
+    return (
+        *imported("mmaction.models.backbones.resnet", "ResNet"),
+        *imported("mmaction.models.backbones.x3d", "X3D"),
+        *imported("mmaction.models.backbones.resnet_audio", "ResNetAudio"),
+        *imported("mmaction.models.common.conv_audio", "ConvAudio"),
+    )
+
+
+def _blocks_of_two_layouts() -> tuple[type, ...]:
+    return (
+        *imported("mmpretrain.models.backbones.convnext", "ConvNeXtBlock"),
+        *imported("mmpretrain.models.backbones.sparse_convnext", "SparseConvNeXtBlock"),
+    )
+
+
+class TakesLayout:
+    """Forward of mmpretrain's LN2d, which ConvNeXt tells where the channels are."""
+
+    def forward(self, x: Tensor, data_format: str = "channel_first") -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1) if data_format == "channel_last" else super().forward(x)
+
+
+def _check_tokens(model: nn.Module) -> None:
+    """Refuse a norm of channels in classes that normalize tokens, whose axis 1 is their number."""
+    for path, module in model.named_modules():
+        norm = next(filter(is_ours, module.children()), None) if is_toolkits(module) else None
+        if norm is not None and _has_layer_norm(stock_class(module)):
+            raise ValueError(
+                f"{type(norm).__name__} normalizes the channels of maps (N, C, *), but {path or 'the model'}, a "
+                f"{type(module).__module__}.{type(module).__qualname__}, normalizes tokens (N, L, C), each by itself: "
+                f"its norms are LayerNorms. Leave norm_cfg out there. Batch norms that the model has elsewhere become "
+                f"{type(norm).__name__} with model = dict(replace_norm=...), which leaves LayerNorms alone."
+            )
+
+
+@functools.cache
+def _has_layer_norm(cls: type) -> bool:
+    default = inspect.signature(cls.__init__).parameters.get("norm_cfg")
+    return default is not None and isinstance(default.default, dict) and default.default.get("type") == "LN"
+
+
+def _widen_groups(model: nn.Module) -> None:
+    """Give groups of two channels or more to EvoNormS0 where it sees what a global pooling leaves of a map.
+
+    A group of one channel holds a single value there, which has no deviation.
+    """
+    for module in model.modules():
+        norms = []
+        if isinstance(module, _split_attentions()):
+            norms.append(module.norm1)
+        elif isinstance(module, nn.Sequential):
+            for pool, layer in itertools.pairwise(module):
+                if isinstance(pool, nn.modules.pooling._AdaptiveAvgPoolNd) and pool.output_size in (
+                    1,
+                    (1, 1),
+                    (1, 1, 1),
+                ):
+                    norms.append(getattr(layer, "norm", None))
+        for norm in norms:
+            if isinstance(norm, EvoNormS0) and norm.num_groups == norm.num_channels > 1:
+                norm.num_groups = next(g for g in range(norm.num_channels - 1, 0, -1) if norm.num_channels % g == 0)
+
+
+def _split_attentions() -> tuple[type, ...]:
+    places = ("mmdet.models.backbones", "mmseg.models.backbones", "mmpretrain.models.backbones")
+    return tuple(cls for place in places for cls in imported(f"{place}.resnest", "SplitAttentionConv2d"))
 
 
 # --- the registries

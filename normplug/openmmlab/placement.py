@@ -25,6 +25,7 @@ REPLACED = {"ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "SiLU", "Swis
 FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "silu", "gelu", "hardswish", "mish"}
 # What may stand between a norm and its activation: it does not matter which of the two comes first.
 TRANSPARENT = {"Identity", "DropPath", "Dropout", "Dropout2d", "Dropout3d"}
+HANDED_ON = {"timm", "torchvision"}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -121,7 +122,9 @@ def _norms_to_place(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, nn
 
 
 def _is_watched(owner: nn.Module) -> bool:
-    return is_toolkits(owner) and not places_itself(owner)
+    """Whether a class is a toolkit's, or of a package whose backbones the toolkits hand on."""
+    known = is_toolkits(owner) or any(cls.__module__.partition(".")[0] in HANDED_ON for cls in type(owner).__mro__)
+    return known and not places_itself(owner)
 
 
 def _refusal(norm: nn.Module, path: str, owner: nn.Module, why: str) -> ValueError:

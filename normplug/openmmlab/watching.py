@@ -4,6 +4,7 @@
 handful of nodes, needs no input of a known shape and takes milliseconds.
 """
 
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,16 @@ class _Value(fx.Proxy):
     def shape(self) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
 
+    @property
+    def ndim(self) -> int:
+        return self.dim()
+
+    def dim(self) -> int:
+        """Return the number of axes of an input: those that the convolutions take."""
+        if self.tracer.axes is None or self.node.op != "placeholder":
+            raise TypeError("how many axes there are depends on the input")
+        return self.tracer.axes
+
     def __len__(self) -> int:
         count = self.tracer.count(self.node)
         if count is None:
@@ -84,9 +95,23 @@ class _OfOneModule(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, _Value) and arg.node.target.startswith(
+                "*"
+            ):  # nobody gives more than there is a name for
+                args[i] = {} if arg.node.target.startswith("**") else ()
         if self.gives_lists:
             args = [[arg[i] for i in range(self.length)] if isinstance(arg, _Value) else arg for arg in args]
         return function, args
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Take what is asserted for true."""
+        frame = inspect.currentframe().f_back.f_back  # behind Proxy.__bool__
+        after = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti)
+        following = next(i for i in after if i.opname not in ("CACHE", "NOT_TAKEN", "POP_JUMP_IF_TRUE"))
+        if following.opname == "LOAD_ASSERTION_ERROR" or following.argval is AssertionError:
+            return True
+        return super().to_bool(obj)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """Give what a loop takes: of the sizes of an x as many as the convolutions have axes, of anything else many."""
