@@ -12,7 +12,8 @@ from torch import nn
 
 import normplug
 from normplug.layers.weight_standardization import WSConv2d, standardize_together
-from normplug.openmmlab.adapt import ActivationInNorm, adapt, install
+from normplug.openmmlab.adapt import adapt, install
+from normplug.openmmlab.placement import ActivationInNorm
 
 mmdet = pytest.importorskip("mmdet.models")
 mmaction = pytest.importorskip("mmaction.models")
@@ -103,6 +104,38 @@ BACKBONES = {
     ),
     "fcos-head": (dict(type="mmdet.FCOSHead", num_classes=3, in_channels=16, feat_channels=16), PYRAMID + PYRAMID[-1:]),
 }
+# Classes of which nothing is known here but what watching their forward shows.
+for toolkit in ("mmseg", "mmpretrain"):
+    importlib.import_module(f"{toolkit}.models")  # as a tool of the toolkit does: its names are in the registry then
+WATCHED = {
+    "seg-r18": (dict(type="mmseg.ResNet", depth=18, **TWO_STAGES, contract_dilation=True), IMAGE),
+    "seg-r50v1c": (dict(type="mmseg.ResNetV1c", depth=50, stem_channels=8, with_cp=True, **TWO_STAGES), IMAGE),
+    "seg-s50": (dict(type="mmseg.ResNeSt", depth=50, stem_channels=8, radix=2, **TWO_STAGES), IMAGE),
+    "seg-unet": (
+        dict(
+            type="mmseg.UNet",
+            upsample_cfg=dict(type="mmseg.InterpConv"),
+            base_channels=8,
+            num_stages=2,
+            strides=(1, 1),
+            enc_num_convs=(2, 2),
+            dec_num_convs=(2,),
+            downsamples=(True,),
+            enc_dilations=(1, 1),
+            dec_dilations=(1,),
+        ),
+        IMAGE,
+    ),
+    "cls-r18": (dict(type="mmpretrain.ResNet", depth=18, stem_channels=8, **TWO_STAGES), IMAGE),
+    "cls-r50v1d": (dict(type="mmpretrain.ResNetV1d", depth=50, stem_channels=8, **TWO_STAGES), IMAGE),
+    "cls-cifar": (dict(type="mmpretrain.ResNet_CIFAR", depth=18, stem_channels=8, **TWO_STAGES), IMAGE),
+    "cls-se50": (dict(type="mmpretrain.SEResNet", depth=50, stem_channels=8, se_ratio=4, **TWO_STAGES), IMAGE),
+    "cls-s50": (dict(type="mmpretrain.ResNeSt", depth=50, stem_channels=8, **TWO_STAGES), IMAGE),
+    "cls-regnet": (dict(type="mmpretrain.RegNet", arch=REGNET | dict(depth=5)), IMAGE),
+    "cls-res2net": (dict(type="mmpretrain.Res2Net", depth=50, base_width=4, stem_channels=8, **TWO_STAGES), IMAGE),
+    "cls-densenet": (dict(type="mmpretrain.DenseNet", arch=dict(growth_rate=4, depths=[2, 2], init_channels=8)), IMAGE),
+    "res2net": (dict(type="mmdet.Res2Net", depth=50, base_width=4, **TWO_STAGES), IMAGE),
+}
 
 
 def inputs(shape):
@@ -139,10 +172,10 @@ def run(model, x):
 
 
 @pytest.mark.filterwarnings("ignore:.*use_reentrant")  # the stock blocks' checkpointing
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [*BACKBONES, *WATCHED])
 def test_contained_activation_leaves_the_network_what_it_was(name):
     """GN that contains its ReLU must be the network of GN and ReLU: exactly one ReLU where the stock model has one."""
-    cfg, shape = BACKBONES[name]
+    cfg, shape = (BACKBONES | WATCHED)[name]
     stock = shake(MODELS.build(cfg | dict(norm_cfg=GN)))
     ours = MODELS.build(cfg | dict(norm_cfg=GN_RELU))
     ours.load_state_dict(stock.state_dict(), strict=True)
@@ -202,8 +235,19 @@ def test_blocks_that_are_called_by_another_name_activate_once():
     with torch.no_grad():
         for got, want in zip(ours.rfp_forward(x, rfp), stock.rfp_forward(x, rfp), strict=True):
             torch.testing.assert_close(got, want)
-    with pytest.raises(ValueError, match=r"GNReLU contains its activation.*detectors_resnet"):
-        MODELS.build(cfg | dict(norm_cfg=GN_RELU))
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+def test_both_forwards_of_detectors_activate_once(deep_stem):
+    cfg = dict(type="mmdet.DetectoRS_ResNet", depth=50, rfp_inplanes=16, deep_stem=deep_stem, **TWO_STAGES)
+    stock = shake(MODELS.build(cfg | dict(norm_cfg=GN)))
+    ours = MODELS.build(cfg | dict(norm_cfg=GN_RELU))
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    x, rfp = torch.randn(2, 3, 32, 32), [torch.randn(2, 16, 8, 8), torch.randn(2, 16, 4, 4)]
+    with torch.no_grad():
+        want, got = (flat([m(x), m.rfp_forward(x, rfp)]) for m in (stock, ours))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 def test_other_norms_of_a_block_do_not_choose_for_it():
@@ -350,12 +394,75 @@ def test_models_without_our_layers_are_not_touched():
         assert not any(type(m).__module__.startswith("normplug") for m in model.modules())
 
 
-def test_a_class_of_unknown_forward_is_refused_by_name():
-    cfg = dict(type="mmdet.Res2Net", depth=50, base_channels=16, norm_cfg=dict(type="GNReLU", num_groups=1))
-    with pytest.raises(
-        ValueError, match=r"GNReLU contains its activation.*layer\d\.\d.*Bottle2neck.*places_activations"
-    ):
-        MODELS.build(cfg)
+def stock_block(forward):
+    """A toolkit's block with this forward: conv1, norm1, conv2 and norm2 of 8 channels, and one relu."""
+    from mmdet.models.backbones.resnet import BasicBlock
+
+    return type("Block", (BasicBlock,), dict(forward=forward, __module__="mmdet.models.backbones.mine"))(
+        8, 8, norm_cfg=GN_RELU
+    )
+
+
+REFUSED = {
+    "the values decide": lambda self, x: self.relu(self.norm1(x)) if x.sum() > 0 else x,
+    "its forward cannot be watched": lambda self, x: self.relu(self.norm1(x)) if x.shape[2] > 4 else self.norm1(x),
+    "was not seen to call it": lambda self, x: self.relu(self.norm1(self.conv1(x))),
+    "in one place and none in another": lambda self, x: self.relu(self.norm2(self.norm1(x))) + self.norm2(x),
+    "in the midst": lambda self, x: self.norm2(self.conv2(self.relu(self.relu(self.norm1(x)) + x))) + x,
+    "calls relu behind it": lambda self, x: nn.functional.relu(self.norm1(x)) + self.norm2(x),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_where_it_cannot_be_seen_what_follows_a_norm_it_is_refused(why):
+    block = stock_block(REFUSED[why])
+    text = repr(block)
+    expected = "its forward cannot be watched" if why == "the values decide" else why
+    with pytest.raises(ValueError, match=rf"GNReLU contains its activation.*Block.*{expected}.*places_activations"):
+        adapt(block)
+    assert repr(block) == text
+
+
+SEEN = {
+    "sum": lambda self, x: self.relu(self.norm2(self.conv2(self.relu(self.norm1(x)))) + x),
+    "before": lambda self, x: self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))),
+    "behind an identity": lambda self, x: self.relu(self.identity(self.norm2(self.relu(self.norm1(x))))),
+    "none": lambda self, x: self.norm2(self.conv2(self.norm1(x))) * 2,
+    "twice": lambda self, x: self.relu(self.norm1(self.relu(self.norm1(x)))) + self.norm2(x),
+    "all sizes": lambda self, x: self.relu(self.norm2(self.norm1(x).reshape(*x.shape))),
+    "sizes": lambda self, x: self.relu(self.norm2(self.norm1(x).reshape(x.shape[0], 8, *x.shape[2:]))),
+}
+
+
+@pytest.mark.parametrize("forward", SEEN)
+def test_every_way_to_activate_behind_a_norm_is_the_same_network(forward):
+    ours = stock_block(SEEN[forward])
+    ours.identity = nn.Identity()
+    stock = copy.deepcopy(shake(ours))
+    for norm in (stock.norm1, stock.norm2):
+        norm.act, norm.contains_activation = None, False
+    adapt(ours)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    for got, want in zip(run(ours, x), run(stock, x), strict=True):
+        torch.testing.assert_close(got, want)
+    text = repr(ours)
+    assert repr(adapt(ours)) == text
+
+
+def test_watching_leaves_no_trace():
+    from mmdet.models.backbones.resnet import BasicBlock
+
+    class Counts(BasicBlock):
+        def forward(self, x):
+            self.last, self.calls = x, self.calls + 1
+            return self.relu(self.norm1(x)) + self.norm2(x)
+
+    block = Counts(8, 8, norm_cfg=GN_RELU)
+    block.register_buffer("calls", torch.zeros(()))
+    adapt(block)
+    assert block.calls == 0
+    assert not hasattr(block, "last")
+    assert isinstance(block.relu, ActivationInNorm)
 
 
 def test_a_class_may_place_activations_itself(monkeypatch):

@@ -19,6 +19,11 @@ class ContainedActivation(nn.Module):
     _aliases: tuple[tuple[str, str], ...] = (("gamma", "weight"), ("beta", "bias"))
     _ignored: tuple[str, ...] = ()  # what a checkpoint may hold and this layer has no use for
 
+    @property
+    def num_features(self) -> int:
+        """Another name of ``num_channels``: the toolkits ask every norm for it."""
+        return self.num_channels
+
     def _set_up(self, apply_act: bool, device, dtype) -> None:
         value = torch.full((self.num_channels,), self._act_initial, device=device, dtype=dtype)
         setattr(self, self._act_parameter, nn.Parameter(value))

@@ -5,7 +5,8 @@ layer of ours is left alone. In the others, five assumptions of the toolkits are
 
 - *An activation follows the norm.* EvoNorm and FRN contain theirs. Where the toolkit applies one right behind such
   a layer, it goes; where it applies none (last norm of a residual branch, shortcut, FPN), the layer gives up its own:
-  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays.
+  EvoNorm is affine only then, as in its authors' code, FRN normalizes still. The ReLU behind a residual sum stays. See
+  ``normplug.openmmlab.placement``.
 - *The class decides which activation it is.* A norm with ``act='silu'`` does: what stands behind it becomes a SiLU, and
   so does a backbone's ReLU between such norms and behind their sums. Where nothing stands, nothing is added.
 - *Norm, sum and activation are three operations.* GN, BNAct, SyncBN and CBN take the ReLU or SiLU behind them, and the
@@ -22,7 +23,8 @@ toolkits' classes are looked up where somebody has imported them and are never i
 
 import functools
 import importlib.util
-import sys
+import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -33,33 +35,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from normplug.layers.evonorm import EvoNormS0
 from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
+from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of, stock_class
 from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.cross_iteration import check_cross_iteration
-from normplug.openmmlab.resnet3d import InflatesEveryNorm, load_from_detectron_as_rgb
+from normplug.openmmlab.placement import REPLACED, contains_activation, place_activations, places_itself
+from normplug.openmmlab.resnet3d import CallsEveryNormBn, InflatesEveryNorm, load_from_detectron_as_rgb
 
-__all__ = [
-    "ActivationInNorm",
-    "adapt",
-    "derive",
-    "fuse_activations",
-    "install",
-    "is_toolkits",
-    "owner_of",
-    "registries",
-]
+__all__ = ["adapt", "fuse_activations", "install", "registries"]
 
-# Not mmengine: the classes that users write derive from its BaseModule too.
-TOOLKITS = frozenset(MODULE2PACKAGE) | {"mmcv"}
 # What the norms' ``act`` stands for, and those that a norm can take over: they have no arguments.
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 FUSED = {nn.ReLU: "relu", nn.SiLU: "silu"}
-# What a layer with an activation replaces. Gates (Sigmoid, Tanh, ...) mean something else, and stay.
-REPLACED = {"ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "SiLU", "Swish", "GELU", "Hardswish", "Mish"}
-
-
-class ActivationInNorm(nn.Identity):
-    """Stands where a toolkit had an activation that the norm before it contains."""
 
 
 def adapt(model: nn.Module) -> nn.Module:
@@ -79,18 +67,23 @@ def adapt(model: nn.Module) -> nn.Module:
         ValueError: If a layer that contains its activation, or has an ``act``, sits in a toolkit's class of which we do
             not know where it applies activations; or if a CBN sits behind something that it cannot follow.
     """
-    if not any(map(_is_ours, model.modules())):
+    if not any(map(is_ours, model.modules())):
         return model
+    _check_tokens(model)
     _choose_activations(model)
-    for path, module in reversed(list(model.named_modules())):  # blocks look at what became of their parts
-        if any(map(_activates, module.children())):
-            _place_activations(module, path, model)
+    place_activations(model)
+    _widen_groups(model)
+    for path, module in model.named_modules():
         if any(map(_can_activate, module.children())) or isinstance(module, _residual_blocks_3d()):
             _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
             derive(module, FreezesEveryStatistic)
-        if isinstance(module, _imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
+        if isinstance(module, imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
             derive(module, InflatesEveryNorm)
+        elif isinstance(module, _other_backbones_of_bn()):
+            derive(module, CallsEveryNormBn)
+        if isinstance(module, _blocks_of_two_layouts()) and is_ours(module.norm):
+            derive(module.norm, TakesLayout)
     if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
         standardize_together(model)
     check_cross_iteration(model)
@@ -108,84 +101,6 @@ def install() -> None:
     CheckpointLoader.register_scheme("detectron-as-rgb://", load_from_detectron_as_rgb, force=True)
 
 
-# --- layers that contain their activation
-
-
-def _place_activations(module: nn.Module, path: str, root: nn.Module) -> None:
-    """Let every norm among ``module``'s children do an activation that follows it, or drop its own."""
-    owner = owner_of(path, root)
-    if not is_toolkits(owner) or _places(owner):
-        return
-    if isinstance(module, nn.Sequential):
-        _place_in_sequence(module)
-    elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
-        _place_in_conv_module(module, path)
-    elif _is_block_of_one_forward(module):
-        last = module.norm3 if hasattr(module, "conv3") else module.norm2
-        if _activates(last):
-            last.drop_activation()  # the sum follows it, then the ReLU
-        derive(module, ActivatesInNorms)
-    elif (
-        _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet")
-        or _keeps_forward(module, "mmdet.models.backbones.regnet", "RegNet")
-        or _keeps_forward(module, "mmdet.models.backbones.hrnet", "HRNet")
-    ):
-        module.relu = ActivationInNorm()  # used in the stem only, behind the norms
-    else:
-        kind = next(type(norm).__name__ for norm in module.children() if _activates(norm))
-        raise ValueError(
-            f"{kind} contains its activation, but {_unknown(path, owner)}, and two in a row would be a different "
-            f"network. Known are ConvModule, Sequential and mmdet's ResNet, ResNeXt, RegNet and HRNet. Use one of "
-            f"these, use a norm without activation (GN, SyncBN, CBN) here, or, if the class applies none behind "
-            f"{kind}, set {type(owner).__name__}.places_activations = True."
-        )
-
-
-def _is_block_of_one_forward(module: nn.Module) -> bool:
-    """Whether this is a residual block of mmdet; DetectoRS has some whose layers another method calls once more."""
-    known = _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck")
-    return known and not hasattr(module, "rfp_forward")
-
-
-def _unknown(path: str, owner: nn.Module) -> str:
-    cls = type(owner)
-    return (
-        f"sits directly in {path or 'the model'}, a {cls.__module__}.{cls.__qualname__}: normplug does not know where "
-        f"the forward of that class applies activations"
-    )
-
-
-def _place_in_sequence(sequence: nn.Sequential) -> None:
-    layers = [*sequence, None]
-    for i, norm in enumerate(sequence):
-        if not _activates(norm) or isinstance(layers[i + 1], ActivationInNorm):
-            continue
-        if type(layers[i + 1]).__name__ in REPLACED:
-            sequence[i + 1] = ActivationInNorm()  # an index more or less would rename all that follows
-        else:
-            norm.drop_activation()
-
-
-def _place_in_conv_module(module: nn.Module, path: str) -> None:
-    activation = getattr(module, "activate", None)
-    if isinstance(activation, ActivationInNorm):
-        return
-    if type(activation).__name__ not in REPLACED:
-        module.norm.drop_activation()
-        return
-    if module.order.index("act") != module.order.index("norm") + 1:
-        raise ValueError(
-            f"{type(module.norm).__name__} contains its activation, but {path or 'this ConvModule'} has "
-            f"order={module.order}, where the activation does not follow the norm. Use the order ('conv', 'norm', "
-            f"'act') or a norm without activation (GN, SyncBN, CBN) here."
-        )
-    module.activate = ActivationInNorm()
-
-
-def _activates(layer: nn.Module) -> bool:
-    return _is_ours(layer) and getattr(layer, "contains_activation", False)
-
-
 # --- norms that choose the activation behind them
 
 
@@ -199,22 +114,23 @@ def _choose_activations(model: nn.Module) -> None:
     for path, module in model.named_modules():
         owner = owner_of(path, model)
         norms = [norm for norm in module.children() if _chooses(norm)]
-        if not norms or not is_toolkits(owner) or _places(owner):
+        if not norms or not is_toolkits(owner) or places_itself(owner):
             continue
         if isinstance(module, nn.Sequential):
             layers = [*module, None]
             for i, norm in enumerate(layers):
                 if norm in norms and type(layers[i + 1]).__name__ in REPLACED:
                     module[i + 1] = _activation(norm.act, layers[i + 1])
-        elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
+        elif keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
             if type(getattr(module, "activate", None)).__name__ in REPLACED:
                 module.activate = _activation(module.norm.act, module.activate)
         elif not (_is_backbones(owner) and any(type(m) is ACTIVATIONS[norms[0].act] for m in owner.children())):
             raise ValueError(
-                f"{type(norms[0]).__name__} has act={norms[0].act!r}, but {_unknown(path, owner)}. Known are "
-                f"ConvModule, Sequential, and backbones that have an nn.ReLU beside their norms. Leave act out, or, if "
-                f"nothing stands behind the norms of {type(owner).__name__}, set {type(owner).__name__}."
-                f"places_activations = True: they activate by themselves then."
+                f"{type(norms[0]).__name__} has act={norms[0].act!r}, but sits directly in {path or 'the model'}, a "
+                f"{type(owner).__module__}.{type(owner).__qualname__}: normplug does not know where the forward of "
+                f"that class applies activations. Known are ConvModule, Sequential, and backbones that have an nn.ReLU "
+                f"beside their norms. Leave act out, or, if nothing stands behind the norms of {type(owner).__name__}, "
+                f"set {type(owner).__name__}.places_activations = True: they activate by themselves then."
             )
         for norm in norms:
             norm.act = None
@@ -222,10 +138,10 @@ def _choose_activations(model: nn.Module) -> None:
 
 def _act_of_norms(module: nn.Module) -> str | None:
     """Return the ``act`` of a module's own norms, or, without any, of those in its sequences and ConvModules."""
-    norms = [layer for layer in module.children() if hasattr(layer, "act") and _is_ours(layer)]
+    norms = [layer for layer in module.children() if hasattr(layer, "act") and is_ours(layer)]
     if norms:
         return norms[0].act
-    parts = (nn.Sequential, nn.ModuleList, *_imported("mmcv.cnn.bricks.conv_module", "ConvModule"))
+    parts = (nn.Sequential, nn.ModuleList, *imported("mmcv.cnn.bricks.conv_module", "ConvModule"))
     acts = (_act_of_norms(child) for child in module.children() if isinstance(child, parts))
     return next(filter(None, acts), None)
 
@@ -237,7 +153,7 @@ def _activation(act: str, like: nn.Module) -> nn.Module:
 
 def _chooses(layer: nn.Module) -> bool:
     """Whether a layer of ours was given an activation, like GN with act='silu'."""
-    return _is_ours(layer) and not _activates(layer) and getattr(layer, "act", None) is not None
+    return is_ours(layer) and not contains_activation(layer) and getattr(layer, "act", None) is not None
 
 
 def _is_backbones(module: nn.Module) -> bool:
@@ -245,12 +161,8 @@ def _is_backbones(module: nn.Module) -> bool:
     return (
         any(".models.backbones." in cls.__module__ for cls in type(module).__mro__)
         and is_toolkits(module)
-        and not _places(module)
+        and not places_itself(module)
     )
-
-
-def _places(owner: nn.Module) -> bool:
-    return getattr(owner, "places_activations", False)
 
 
 # --- norms that take an activation over
@@ -280,14 +192,14 @@ def _let_norms_activate(module: nn.Module, path: str, root: nn.Module) -> None:
         return
     if type(module) is nn.Sequential and any(map(_can_be_fused, module)):
         derive(module, FusesInSequence)
-    elif _keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
+    elif keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
         if _can_be_fused(getattr(module, "activate", None)) and tuple(module.order) == ("conv", "norm", "act"):
             derive(module, FusesInConvModule)
-    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
-        derive(module, ActivatesInNorms)
-    elif _keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet"):
+    elif keeps_forward(module, "mmdet.models.backbones.resnet", "BasicBlock", "Bottleneck"):
+        derive(module, FusesInBlock)
+    elif keeps_forward(module, "mmdet.models.backbones.resnet", "ResNet"):
         derive(module, FusesInStem)
-    elif _keeps_forward(module, "mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d"):
+    elif keeps_forward(module, "mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d"):
         last = module.conv3 if hasattr(module, "conv3") else module.conv2
         if _can_activate(getattr(last, "norm", None)) and not last.with_activation:
             derive(module, FusesInBlock3d)
@@ -295,12 +207,12 @@ def _let_norms_activate(module: nn.Module, path: str, root: nn.Module) -> None:
 
 def _residual_blocks_3d() -> tuple[type, ...]:
     """Their norms sit in ConvModules of theirs."""
-    return _imported("mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d")
+    return imported("mmaction.models.backbones.resnet3d", "BasicBlock3d", "Bottleneck3d")
 
 
 def _can_activate(layer: nn.Module | None) -> bool:
     """Whether a layer of ours takes an activation and a residual with its input."""
-    return layer is not None and _is_ours(layer) and getattr(layer, "act", "none") is None
+    return layer is not None and is_ours(layer) and getattr(layer, "act", "none") is None
 
 
 def _can_be_fused(activation: nn.Module | None) -> bool:
@@ -357,8 +269,8 @@ class FusesInStem(Fuses):
         return tuple(outs)
 
 
-class ActivatesInNorms(Fuses):
-    """Forward of mmdet's residual blocks, for norms that contain their activation or take it over."""
+class FusesInBlock(Fuses):
+    """Forward of mmdet's residual blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and x.requires_grad:
@@ -375,7 +287,7 @@ class ActivatesInNorms(Fuses):
             plugins = getattr(self, f"after_conv{i}_plugin_names") if getattr(self, "with_plugins", False) else []
             if i == last and not plugins:
                 return self._activated(norm, self.relu, y, shortcut)
-            y = norm(y) if i == last or _activates(norm) else self._activated(norm, self.relu, y)
+            y = norm(y) if i == last else self._activated(norm, self.relu, y)
             y = self.forward_plugin(y, plugins) if plugins else y
         return self.relu(y + shortcut)
 
@@ -416,68 +328,79 @@ def _has_statistics_to_freeze(module: nn.Module) -> bool:
 
 
 def _keeps_other_statistics(layer: nn.Module) -> bool:
-    return _is_ours(layer) and not isinstance(layer, _BatchNorm) and layer._buffers.get("running_var") is not None
+    return is_ours(layer) and not isinstance(layer, _BatchNorm) and layer._buffers.get("running_var") is not None
 
 
-# --- whose class is it?
+# --- what else the toolkits take for granted
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return any(cls.__module__.startswith("normplug.layers.") for cls in type(module).__mro__)
+def _other_backbones_of_bn() -> tuple[type, ...]:
+    return (
+        *imported("mmaction.models.backbones.resnet", "ResNet"),
+        *imported("mmaction.models.backbones.x3d", "X3D"),
+        *imported("mmaction.models.backbones.resnet_audio", "ResNetAudio"),
+        *imported("mmaction.models.common.conv_audio", "ConvAudio"),
+    )
 
 
-def is_toolkits(module: nn.Module) -> bool:
-    """Whether a class of OpenMMLab is among the module's."""
-    return any(cls.__module__.partition(".")[0] in TOOLKITS for cls in type(module).__mro__)
+def _blocks_of_two_layouts() -> tuple[type, ...]:
+    return (
+        *imported("mmpretrain.models.backbones.convnext", "ConvNeXtBlock"),
+        *imported("mmpretrain.models.backbones.sparse_convnext", "SparseConvNeXtBlock"),
+    )
 
 
-def owner_of(path: str, root: nn.Module) -> nn.Module:
-    """Return the module at ``path``, or for a container the nearest module around it that is none."""
-    module = root.get_submodule(path)
-    while path and isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        path = path.rpartition(".")[0]
-        module = root.get_submodule(path)
-    return module
+class TakesLayout:
+    """Forward of mmpretrain's LN2d, which ConvNeXt tells where the channels are."""
+
+    def forward(self, x: Tensor, data_format: str = "channel_first") -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1) if data_format == "channel_last" else super().forward(x)
 
 
-def _imported(where: str, *names: str) -> tuple[type, ...]:
-    """Return the named classes of a module if somebody has imported it: before that, no object can have them."""
-    return tuple(getattr(sys.modules[where], name) for name in names) if where in sys.modules else ()
-
-
-def _keeps_forward(module: nn.Module, where: str, *names: str) -> bool:
-    """Whether the module derives from one of the named classes and has not replaced its forward."""
-    return any(isinstance(module, cls) and _stock(module).forward is cls.forward for cls in _imported(where, *names))
-
-
-def _stock(module: nn.Module) -> type:
-    """Return the class that a module had before ``derive``."""
-    return getattr(module, "_stock", type(module))
-
-
-def derive(module: nn.Module, mixin: type) -> None:
-    """Give one module the methods of ``mixin``: the same object, parameters and names, a class derived from its."""
-    if not isinstance(module, mixin):
-        module.__class__ = _derived((*getattr(module, "_mixins", ()), mixin), _stock(module))
-
-
-class _Derived:
-    """Copies and pickles a module of a class that exists only at run time."""
-
-    def __reduce_ex__(self, protocol):
-        return _empty, (self._mixins, self._stock), self.__dict__
+def _check_tokens(model: nn.Module) -> None:
+    """Refuse a norm of channels in classes that normalize tokens, whose axis 1 is their number."""
+    for path, module in model.named_modules():
+        norm = next(filter(is_ours, module.children()), None) if is_toolkits(module) else None
+        if norm is not None and _has_layer_norm(stock_class(module)):
+            raise ValueError(
+                f"{type(norm).__name__} normalizes the channels of maps (N, C, *), but {path or 'the model'}, a "
+                f"{type(module).__module__}.{type(module).__qualname__}, normalizes tokens (N, L, C), each by itself: "
+                f"its norms are LayerNorms. Leave norm_cfg out there. Batch norms that the model has elsewhere become "
+                f"{type(norm).__name__} with model = dict(replace_norm=...), which leaves LayerNorms alone."
+            )
 
 
 @functools.cache
-def _derived(mixins: tuple[type, ...], stock: type) -> type:
-    names = "".join(mixin.__name__ for mixin in mixins)
-    members = {"_mixins": mixins, "_stock": stock, "__doc__": stock.__doc__, "__module__": __name__}
-    return type(f"{stock.__name__}{names}", (_Derived, *mixins, stock), members)
+def _has_layer_norm(cls: type) -> bool:
+    default = inspect.signature(cls.__init__).parameters.get("norm_cfg")
+    return default is not None and isinstance(default.default, dict) and default.default.get("type") == "LN"
 
 
-def _empty(mixins: tuple[type, ...], stock: type) -> nn.Module:
-    cls = _derived(mixins, stock)
-    return cls.__new__(cls)
+def _widen_groups(model: nn.Module) -> None:
+    """Give groups of two channels or more to EvoNormS0 where it sees what a global pooling leaves of a map.
+
+    A group of one channel holds a single value there, which has no deviation.
+    """
+    for module in model.modules():
+        norms = []
+        if isinstance(module, _split_attentions()):
+            norms.append(module.norm1)
+        elif isinstance(module, nn.Sequential):
+            for pool, layer in itertools.pairwise(module):
+                if isinstance(pool, nn.modules.pooling._AdaptiveAvgPoolNd) and pool.output_size in (
+                    1,
+                    (1, 1),
+                    (1, 1, 1),
+                ):
+                    norms.append(getattr(layer, "norm", None))
+        for norm in norms:
+            if isinstance(norm, EvoNormS0) and norm.num_groups == norm.num_channels > 1:
+                norm.num_groups = next(g for g in range(norm.num_channels - 1, 0, -1) if norm.num_channels % g == 0)
+
+
+def _split_attentions() -> tuple[type, ...]:
+    places = ("mmdet.models.backbones", "mmseg.models.backbones", "mmpretrain.models.backbones")
+    return tuple(cls for place in places for cls in imported(f"{place}.resnest", "SplitAttentionConv2d"))
 
 
 # --- the registries

@@ -30,7 +30,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from normplug.layers.frozen_batch_norm import FrozenBatchNorm
 from normplug.layers.group_norm import DEFAULT_GROUPS, GroupNorm
-from normplug.openmmlab.adapt import adapt, derive, registries
+from normplug.openmmlab.adapt import adapt, registries
+from normplug.openmmlab.classes import derive
 from normplug.openmmlab.successors import (
     LineFit,
     activation_behind,

@@ -1,5 +1,6 @@
-"""What mmaction2's 3-D ResNets do for layers called ``bn`` only, done for every norm."""
+"""What mmaction2's backbones do for layers called ``bn`` only, done for every norm."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -11,12 +12,50 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["InflatesEveryNorm", "load_from_detectron_as_rgb"]
+from normplug.openmmlab.successors import exchange
+
+__all__ = ["CallsEveryNormBn", "InflatesEveryNorm", "load_from_detectron_as_rgb"]
 
 # ImageNet's standard deviation in RGB: the `std` of every data_preprocessor that divides by one.
 STD = (58.395, 57.12, 57.375)
 # Parts that no 2-D network has keep their initial values, as in mmaction2.
 ONLY_3D = ("lateral", "non_local")
+
+
+class CallsEveryNormBn:
+    """Methods of mmaction2's other backbones that look for the norm of a ConvModule under the name ``bn``."""
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        with _norms_called_bn(self):
+            super().init_weights(*args, **kwargs)
+
+    def _freeze_stages(self) -> None:
+        with _norms_called_bn(self):
+            super()._freeze_stages()
+
+    @staticmethod
+    def _load_bn_params(norm: nn.Module, source: dict[str, Tensor], name: str, loaded: list[str]) -> None:
+        """Load what the checkpoint has in the place of a norm: the stock version wants all that the norm has."""
+        for key, tensor in chain(norm.named_parameters(), norm.named_buffers()):
+            value = source.get(f"{name}.{key}")
+            if value is not None and value.shape == tensor.shape:
+                tensor.data.copy_(value)
+                loaded.append(f"{name}.{key}")
+
+
+@contextlib.contextmanager
+def _norms_called_bn(backbone: nn.Module) -> Iterator[None]:
+    from mmcv.cnn import ConvModule
+
+    modules = [module for module in backbone.modules() if isinstance(module, ConvModule) and module.with_norm]
+    others = {module: module.norm_name for module in modules if module.norm_name != "bn"}
+    for module, name in others.items():
+        exchange(module, name, "bn", module.norm)
+    try:
+        yield
+    finally:
+        for module, name in others.items():
+            exchange(module, "bn", name, module.norm)
 
 
 class InflatesEveryNorm:

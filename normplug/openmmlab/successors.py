@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normplug.openmmlab.adapt import ActivationInNorm, is_toolkits, owner_of
+from normplug.openmmlab.classes import is_toolkits, owner_of
+from normplug.openmmlab.placement import ActivationInNorm
 
 __all__ = [
     "LineFit",

@@ -20,9 +20,10 @@ from normplug.layers import (
     WSConv2d,
     WSConv3d,
 )
-from normplug.openmmlab.adapt import REPLACED, _stock
 from normplug.openmmlab.checkpoints import check_norms
+from normplug.openmmlab.classes import stock_class
 from normplug.openmmlab.formats.names import Images, Source, Standardization, Weight, canonical
+from normplug.openmmlab.placement import REPLACED
 from normplug.openmmlab.resnet3d import _over_time
 from normplug.openmmlab.resnet_v2 import ResNetV2
 from normplug.ops.weight_standardize import weight_standardize
@@ -464,7 +465,7 @@ def _look_around(source: Source, target: _Target, result: Conversion) -> None:
         how = "pool by averages and then convolve", "convolve with a stride"
         raise ValueError(
             f"The shortcuts of the source's network {how[not source.avg_down]}, those of the config's "
-            f"{_stock(backbone).__name__} {how[source.avg_down]}. Set avg_down={source.avg_down} in the backbone."
+            f"{stock_class(backbone).__name__} {how[source.avg_down]}. Set avg_down={source.avg_down} in the backbone."
         )
     part = target.model if target.part == "model" else backbone
     others = sorted({type(m).__name__ for m in part.modules()} & (REPLACED - {"ReLU"}))
