@@ -162,6 +162,14 @@ class ConversionGuard(nn.Module):
         """Return what a stock layer would not do, or nothing if it would do the same."""
         raise NotImplementedError
 
+    def refusal(self) -> str:
+        """Return what to say to somebody who converts the layer all the same."""
+        return (
+            f"{self} cannot be replaced by a stock batch norm, which would drop {self.lost_in_conversion()}. Name the "
+            f"layer you want in norm_cfg instead of converting the model, or convert only the parts that have plain "
+            f"batch norms."
+        )
+
     __jit_unused_properties__ = ("qconfig",)
 
     @property
@@ -171,11 +179,7 @@ class ConversionGuard(nn.Module):
         lost = self.lost_in_conversion()
         # Tracing, copying and documentation tools look at every attribute, and are answered as by any other layer.
         if lost and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
-            raise ValueError(
-                f"{self} cannot be replaced by a stock batch norm, which would drop {lost}. "
-                f"Name the layer you want in norm_cfg instead of converting the model, or convert only the parts "
-                f"that have plain batch norms."
-            )
+            raise ValueError(self.refusal())
         raise AttributeError("qconfig")
 
     @qconfig.setter

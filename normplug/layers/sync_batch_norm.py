@@ -108,62 +108,9 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
             return node
-        if self.training and self._world_size() > 1:
-            self._check_with_others(x)
-            return self._synchronized(x, residual, act or self.act)
+        if self.training and world_size(self.process_group) > 1:
+            return synchronized(self, x, residual, act or self.act)
         return super()._forward(x, residual, act)
-
-    def _world_size(self) -> int:
-        if not (dist.is_available() and dist.is_initialized()):
-            return 1
-        return dist.get_world_size(self.process_group)
-
-    def _synchronized(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        x = dense(x)
-        own = values_per_channel(x)
-        with torch.no_grad():
-            mean, m2, count = _join(*batch_norm_stats(x), own, self.process_group)
-            # Two values here are two in all. With fewer the sum must be looked at, which waits for the device.
-            everywhere = own if own > 1 else int(count)
-            check_has_statistics(self, x, everywhere)
-            if everywhere:
-                update_running(self, mean, m2 / (count - 1))
-            share = 1 / count.clamp(min=1)
-            rstd = (m2 * share + self.eps).rsqrt()
-        if residual is not None:
-            residual = residual.to(x.dtype)
-        return _SynchronizedNormalize.apply(
-            x, mean, rstd, share, self.weight, self.bias, act, residual, self.process_group
-        )
-
-    def _check_with_others(self, x: Tensor) -> None:
-        """Refuse an input that is none, on every rank if it is the first."""
-        compares = not torch.compiler.is_compiling()
-        try:
-            check_channels(self, x, self.num_features)
-        except (TypeError, ValueError):
-            if compares and self._agreed is None and isinstance(x, Tensor):
-                self._compare_ranks(x, 0, 0)
-            raise
-        if compares and x.dtype != self._agreed:
-            self._compare_ranks(x, self.num_features, _DTYPES.index(x.dtype))
-            self._agreed = x.dtype
-
-    def _compare_ranks(self, x: Tensor, channels: int, dtype: int) -> None:
-        """Raise on every rank if they differ in what makes a message: unequal ones wait for each other or add up."""
-        own = torch.tensor([channels, dtype], device=x.device)
-        gathered = own.new_empty(dist.get_world_size(self.process_group) * len(own))
-        dist.all_gather_into_tensor(gathered, own, group=self.process_group)
-        ranks = gathered.view(-1, len(own)).tolist()
-        if any(rank != ranks[0] for rank in ranks):
-            told = ", ".join(
-                f"rank {i}: {c} channels of {_DTYPES[d]}" if c else f"rank {i}: an input that it refuses"
-                for i, (c, d) in enumerate(ranks)
-            )
-            raise ValueError(
-                f"SyncBatchNorm joins the batches of all ranks, which must have the same channels and dtype, but got "
-                f"{told}. Build the same model on every rank, and use mixed precision on all of them or on none."
-            )
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -193,6 +140,71 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
             if converted is not child:
                 module.add_module(name, converted)
         return module
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    """Return how many processes join their batches: 1 outside of a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
+
+
+def synchronized(layer: nn.Module, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+    """Normalize a batch (N, C, *) by the statistics of all ranks, and move the running ones of the layer.
+
+    Args:
+        layer: In training; with the parameters, buffers and settings of a SyncBatchNorm, ours or torch's.
+        x: This rank's part of the batch.
+        residual: Added before the activation.
+        act: As in the layer.
+    """
+    _check_with_others(layer, x)
+    x = dense(x)
+    own, group = values_per_channel(x), layer.process_group
+    with torch.no_grad():
+        mean, m2, count = _join(*batch_norm_stats(x), own, group)
+        # Two values here are two in all. With fewer the sum must be looked at, which waits for the device.
+        everywhere = own if own > 1 else int(count)
+        check_has_statistics(layer, x, everywhere)
+        if everywhere:
+            update_running(layer, mean, m2 / (count - 1))
+        share = 1 / count.clamp(min=1)
+        rstd = (m2 * share + layer.eps).rsqrt()
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    return _SynchronizedNormalize.apply(x, mean, rstd, share, layer.weight, layer.bias, act, residual, group)
+
+
+def _check_with_others(layer: nn.Module, x: Tensor) -> None:
+    """Refuse an input that is none, on every rank if it is the first."""
+    compares = not torch.compiler.is_compiling()
+    agreed, channels = getattr(layer, "_agreed", None), layer.num_features
+    try:
+        check_channels(layer, x, channels)
+    except (TypeError, ValueError):
+        if compares and agreed is None and isinstance(x, Tensor):
+            _compare_ranks(layer.process_group, x, 0, 0)
+        raise
+    if compares and x.dtype != agreed:
+        _compare_ranks(layer.process_group, x, channels, _DTYPES.index(x.dtype))
+        layer._agreed = x.dtype
+
+
+def _compare_ranks(group: dist.ProcessGroup | None, x: Tensor, channels: int, dtype: int) -> None:
+    """Raise on every rank if they differ in what makes a message: unequal ones wait for each other or add up."""
+    own = torch.tensor([channels, dtype], device=x.device)
+    gathered = own.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    ranks = gathered.view(-1, len(own)).tolist()
+    if any(rank != ranks[0] for rank in ranks):
+        told = ", ".join(
+            f"rank {i}: {c} channels of {_DTYPES[d]}" if c else f"rank {i}: an input that it refuses"
+            for i, (c, d) in enumerate(ranks)
+        )
+        raise ValueError(
+            f"SyncBatchNorm joins the batches of all ranks, which must have the same channels and dtype, but got "
+            f"{told}. Build the same model on every rank, and use mixed precision on all of them or on none."
+        )
 
 
 def _join(mean: Tensor, m2: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,17 @@ def close_gaps() -> None:
     dropped, checkpoints that load with torch's safe unpickler, whose text is never run, and that are whole or not
     there, distributed training without an accelerator. Called by ``import normplug``; calling it again changes nothing.
     """
-    from normplug.openmmlab import _stand_ins, checkpoints, distributed, inert, repairs, resuming, saving, weight_checks
+    from normplug.openmmlab import (
+        _stand_ins,
+        checkpoints,
+        distributed,
+        inert,
+        repairs,
+        resuming,
+        saving,
+        sync_batch_norms,
+        weight_checks,
+    )
 
     _stand_ins.install()
     repairs.install()
@@ -20,6 +30,7 @@ def close_gaps() -> None:
     resuming.install()
     weight_checks.install()
     distributed.install()
+    sync_batch_norms.install()
 
 
 def register_hooks() -> None:

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from normplug.openmmlab.replacing import replace_everywhere
+from normplug.openmmlab.sync_batch_norms import take_over_mmcvs
+
 __all__ = ["install"]
 
 
@@ -95,7 +98,7 @@ def _frozen_modules(module: ModuleType) -> None:
     def is_builtin_module(name: str) -> bool:
         return name.partition(".")[0] in sys.stdlib_module_names or original(name)
 
-    _replace(original, is_builtin_module)
+    replace_everywhere(original, is_builtin_module)
 
 
 # ---- scipy
@@ -128,14 +131,7 @@ def _old_interpolate_within(module: ModuleType) -> None:
         finally:
             interpolate.interp2d = present
 
-    _replace(original, resize)
-
-
-def _replace(old: Callable, new: Callable) -> None:
-    """Put a function in another's place, also where it has been imported from."""
-    for module in [module for module in sys.modules.values() if isinstance(module, ModuleType)]:
-        for name in [name for name, value in vars(module).items() if value is old]:
-            setattr(module, name, new)
+    replace_everywhere(original, resize)
 
 
 # ---- when a module is imported
@@ -152,6 +148,7 @@ _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "mmaction.utils.misc": _old_numpy,
     "mmengine.config.utils": _frozen_modules,
     "mmcv.image.photometric": _wrapping_uint8,
+    "mmcv.ops.sync_bn": take_over_mmcvs,
     "mmdet.evaluation.functional.ytviseval": _old_numpy,
     "mmpretrain.evaluation.metrics.retrieval": _old_numpy,
     "mmpretrain.models.utils.embed": _old_interpolate_within,
