@@ -27,7 +27,6 @@ import normplug  # noqa: F401  registers the norms
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 NORMS = {
-    "BN": dict(type="BN"),
     "GN": dict(type="GN", num_groups="auto"),
     "BNAct": dict(type="BNAct"),
     "SyncBN": dict(type="SyncBN"),
@@ -64,11 +63,14 @@ def _filled(settings: Any, norm: dict[str, Any]) -> Any:
 
 
 def build(toolkit: str, name: str, norm: dict[str, Any]) -> nn.Module:
-    importlib.import_module(f"{toolkit}.models")
+    importlib.import_module(f"{toolkit}.utils").register_all_modules(init_default_scope=False)
     with DefaultScope.overwrite_default_scope(toolkit):
         model = MODELS.build(config(toolkit, name, norm))
         if hasattr(model, "init_weights"):
             model.init_weights()
+    for module in model.modules():
+        if type(module).__name__ == "TridentConv":  # mmdet leaves what happened to be in memory
+            nn.init.kaiming_normal_(module.weight)
     return model
 
 

@@ -70,7 +70,7 @@ VIDEO_3D = dict(
 PATHWAY = dict(type="resnet3d", depth=50, pretrained=None, base_channels=8, conv1_kernel=(1, 7, 7), norm_cfg=NORM)
 VIT = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
 SWIN = dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2])
-POOL = dict(layers=[1, 1, 1, 1], embed_dims=[16, 16, 32, 32], mlp_ratios=[2, 2, 2, 2], layer_scale_init_value=1e-5)
+POOL = dict(layers=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], mlp_ratios=[2, 2, 2, 2], layer_scale_init_value=1e-5)
 STDC = dict(
     type="STDCNet",
     stdc_type="STDCNet1",
@@ -98,7 +98,6 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             stage_channels=[16, 16, 16],
             stage_blocks=[1, 1, 1],
             feat_channel=16,
-            norm_cfg=NORM,
         ),
         "MobileNetV2": image(widen_factor=0.25, norm_cfg=NORM),
         "PyramidVisionTransformer": image(
@@ -151,8 +150,8 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             norm_cfg=NORM,
         ),
         "MobileNetV2": frames(widen_factor=0.25, **VIDEO),
-        "MobileNetV2TSM": frames(widen_factor=0.25, num_segments=4, pretrained2d=True, **VIDEO),
-        "MobileOneTSM": frames(arch="s0", num_segments=4, norm_cfg=NORM),
+        "MobileNetV2TSM": frames(widen_factor=0.25, num_segments=4, pretrained2d=False, **VIDEO),
+        "MobileOneTSM": frames(arch="s0", num_segments=4, pretrained2d=False, norm_cfg=NORM),
         "OmniResNet": clip(layers=[1, 1, 1, 1]),
         "RGBPoseConv3D": Sample(
             dict(
@@ -165,7 +164,6 @@ BACKBONES: dict[str, dict[str, Sample]] = {
                     conv1_kernel=(1, 7, 7),
                     inflate=(0, 0, 1, 1),
                     with_pool2=False,
-                    norm_cfg=NORM,
                 ),
                 pose_pathway=dict(
                     num_stages=3,
@@ -185,8 +183,8 @@ BACKBONES: dict[str, dict[str, Sample]] = {
                     inflate=(0, 1, 1),
                     spatial_strides=(2, 2, 2),
                     temporal_strides=(1, 1, 1),
+                    dilations=(1, 1, 1),
                     with_pool2=False,
-                    norm_cfg=NORM,
                 ),
             ),
             [(1, 3, 4, 64, 64), (1, 17, 16, 16, 16)],
@@ -202,7 +200,6 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             pretrained2d=False,
             pretrained=None,
             base_channels=16,
-            norm_cfg=NORM,
         ),
         "ResNet3d": clip(depth=50, **VIDEO_3D),
         "ResNet3dCSN": clip(
@@ -213,7 +210,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             base_channels=8,
             **VIDEO,
         ),
-        "ResNet3dLayer": Sample(dict(depth=50, stage=3, base_channels=8, **VIDEO), [(2, 256 // 2, 4, 8, 8)]),
+        "ResNet3dLayer": Sample(dict(depth=50, stage=3, base_channels=8, **VIDEO), [(2, 1024, 4, 8, 8)]),
         "ResNet3dSlowFast": clip(
             resample_rate=4,
             speed_ratio=4,
@@ -223,9 +220,9 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             fast_pathway=PATHWAY | dict(lateral=False, conv1_kernel=(5, 7, 7), base_channels=4),
         ),
         "ResNet3dSlowOnly": clip(depth=50, **VIDEO_3D),
-        "ResNetAudio": Sample(dict(depth=50, base_channels=8, **VIDEO), [(2, 1, 64, 64)]),
-        "ResNetTIN": frames(depth=50, num_segments=4, **VIDEO),
-        "ResNetTSM": frames(depth=50, num_segments=4, **VIDEO),
+        "ResNetAudio": Sample(dict(depth=50, base_channels=8, pretrained=None), [(2, 1, 64, 64)]),
+        "ResNetTIN": frames(depth=50, num_segments=4, pretrained2d=False, **VIDEO),
+        "ResNetTSM": frames(depth=50, num_segments=4, pretrained2d=False, **VIDEO),
         "STGCN": Sample(
             dict(graph_cfg=dict(layout="coco", mode="stgcn_spatial"), base_channels=16, num_stages=2), [SKELETON]
         ),
@@ -235,7 +232,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             window_size=(2, 4, 4),
             norm_cfg=NORM,
         ),
-        "TANet": frames(depth=50, num_segments=4, **VIDEO),
+        "TANet": frames(depth=50, num_segments=4),
         "TimeSformer": clip(
             frames=4,
             size=32,
@@ -272,22 +269,20 @@ BACKBONES: dict[str, dict[str, Sample]] = {
     "mmseg": {
         "BEiT": image(img_size=64, embed_dims=32, num_layers=2, num_heads=2, norm_cfg=NORM),
         "BiSeNetV1": image(
-            backbone_cfg=dict(type="ResNet", depth=18, base_channels=8, stem_channels=8, norm_cfg=NORM),
+            backbone_cfg=dict(type="ResNet", depth=18, base_channels=8, stem_channels=8),
             spatial_channels=(8, 8, 8, 16),
             context_channels=(16, 32, 64),
-            out_channels=32,
-            norm_cfg=NORM,
+            out_channels=64,
         ),
         "BiSeNetV2": image(
-            detail_channels=(8, 8, 16),
-            semantic_channels=(8, 8, 16, 16),
+            detail_channels=(16, 16, 64),
+            semantic_channels=(16, 16, 32, 64),
             semantic_expansion_ratio=2,
-            bga_channels=16,
-            norm_cfg=NORM,
+            bga_channels=64,
         ),
         "CGNet": image(num_channels=(16, 32, 64), num_blocks=(2, 2), norm_cfg=NORM),
-        "DDRNet": image(size=128, channels=8, ppm_channels=16, norm_cfg=NORM),
-        "ERFNet": image(norm_cfg=NORM),
+        "DDRNet": image(size=128, channels=8, ppm_channels=16),
+        "ERFNet": image(),
         "FastSCNN": image(
             downsample_dw_channels=(8, 16),
             global_in_channels=16,
@@ -300,7 +295,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
         ),
         "HRNet": image(extra=HRNET, norm_cfg=NORM),
         "ICNet": image(
-            size=128,
+            size=256,
             backbone_cfg=dict(type="ResNetV1c", depth=50, base_channels=8, stem_channels=8, norm_cfg=NORM),
             layer_channels=(64, 256),
             light_branch_middle_channels=16,
@@ -316,18 +311,17 @@ BACKBONES: dict[str, dict[str, Sample]] = {
         "MobileNetV2": image(widen_factor=0.25, norm_cfg=NORM),
         "MobileNetV3": image(arch="small", norm_cfg=NORM),
         "PCPVT": image(embed_dims=[8, 16, 16, 32], num_heads=[1, 1, 1, 1], depths=[1, 1, 1, 1], norm_cfg=NORM),
-        "PIDNet": image(size=128, channels=8, ppm_channels=16, norm_cfg=NORM),
+        "PIDNet": image(size=128, channels=8, ppm_channels=16),
         "ResNeSt": image(depth=50, **THIN),
         "ResNeXt": image(depth=50, groups=2, base_width=4, **THIN),
         "ResNet": image(depth=18, **THIN),
         "ResNetV1c": image(depth=50, **THIN),
         "ResNetV1d": image(depth=50, **THIN),
         "STDCContextPathNet": image(
-            backbone_cfg=dict(STDC, norm_cfg=NORM),
+            backbone_cfg=dict(STDC, norm_cfg=dict(type="BN")),
             last_in_channels=(32, 32),
-            out_channels=16,
-            ffm_cfg=dict(in_channels=16 + 32, out_channels=32, scale_factor=4, norm_cfg=NORM),
-            norm_cfg=NORM,
+            out_channels=64,
+            ffm_cfg=dict(in_channels=16 + 64, out_channels=64, scale_factor=4),
         ),
         "STDCNet": image(**{key: value for key, value in STDC.items() if key != "type"}, norm_cfg=NORM),
         "SVT": image(
@@ -391,7 +385,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
         ),
         "EfficientNet": image(arch="b0", norm_cfg=NORM),
         "EfficientNetV2": image(arch="b0", norm_cfg=NORM),
-        "HRNet": image(extra=HRNET, norm_cfg=NORM),
+        "HRNet": image(extra=HRNET),
         "HiViT": image(
             img_size=64, arch=dict(embed_dims=32, depths=[1, 1, 2], num_heads=2), out_indices=[3], norm_cfg=NORM
         ),
@@ -405,10 +399,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
         ),
         "InceptionV3": image(size=96),
         "LeNet5": Sample({}, [(2, 1, 32, 32)]),
-        "LeViT": image(
-            img_size=64,
-            arch=dict(embed_dims=[32, 48, 64], num_heads=[2, 2, 2], depths=[1, 1, 1], key_dims=[16, 16, 16]),
-        ),
+        "LeViT": image(size=224, arch="128s"),
         "MViT": image(
             img_size=64,
             arch=dict(embed_dims=16, num_layers=2, num_heads=1, downscale_indices=[1]),
@@ -434,7 +425,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             ),
             norm_cfg=NORM,
         ),
-        "MobileViT": image(arch="xx_small", norm_cfg=NORM),
+        "MobileViT": image(arch="xx_small"),
         "PCPVT": image(
             arch=dict(
                 embed_dims=[8, 16, 16, 32],
@@ -448,7 +439,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             norm_cfg=NORM,
         ),
         "PoolFormer": image(arch=dict(POOL), norm_cfg=NORM),
-        "PyramidVig": image(size=64, arch=dict(blocks=[1, 1, 1, 1], channels=[16, 16, 32, 32]), k=3, norm_cfg=NORM),
+        "PyramidVig": image(size=224, arch="tiny"),
         "RIFormer": image(arch=dict(POOL), norm_cfg=NORM),
         "RegNet": image(arch=REGNET, norm_cfg=NORM),
         "RepLKNet": image(
@@ -459,13 +450,11 @@ BACKBONES: dict[str, dict[str, Sample]] = {
                 small_kernel=3,
                 dw_ratio=1,
             ),
-            norm_cfg=NORM,
         ),
         "RepMLPNet": image(
             img_size=64,
             arch=dict(channels=[16, 32], depths=[1, 1], sharesets_nums=[1, 4]),
             out_indices=(1,),
-            norm_cfg=NORM,
         ),
         "RepVGG": image(
             arch=dict(num_blocks=[1, 1, 1, 1], width_factor=[0.25] * 4, group_layer_map=None, se_cfg=dict(ratio=4)),
@@ -524,7 +513,6 @@ BACKBONES: dict[str, dict[str, Sample]] = {
             img_size=(64, 64),
             arch=dict(channels=[16, 32, 32, 64], num_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1]),
             window_size=[7, 7, 7, 7],
-            norm_cfg=NORM,
         ),
         "VAN": image(
             arch=dict(embed_dims=[8, 16, 16, 32], depths=[1, 1, 1, 1], ffn_ratios=[2, 2, 2, 2]), norm_cfg=NORM
@@ -534,7 +522,7 @@ BACKBONES: dict[str, dict[str, Sample]] = {
         "ViTSAM": image(
             img_size=64, arch=VIT | dict(global_attn_indexes=[1]), out_channels=32, window_size=2, norm_cfg=NORM
         ),
-        "Vig": image(size=224, arch=dict(num_blocks=2, channels=32), k=3, norm_cfg=NORM),
+        "Vig": image(size=224, arch="tiny"),
         "VisionTransformer": image(img_size=64, arch=VIT, norm_cfg=NORM),
         "XCiT": image(img_size=64, embed_dims=32, depth=2, cls_attn_layers=1, num_heads=2, bn_norm_cfg=NORM),
     },

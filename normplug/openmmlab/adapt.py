@@ -33,6 +33,7 @@ from mmengine.registry import MODELS, Registry
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from torch.utils.checkpoint import checkpoint
 
 from normplug.layers.evonorm import EvoNormS0
@@ -361,7 +362,7 @@ def _check_tokens(model: nn.Module) -> None:
     """Refuse a norm of channels in classes that normalize tokens, whose axis 1 is their number."""
     for path, module in model.named_modules():
         norm = next(filter(is_ours, module.children()), None) if is_toolkits(module) else None
-        if norm is not None and _has_layer_norm(stock_class(module)):
+        if norm is not None and (_has_layer_norm(stock_class(module)) or _embeds_patches(module)):
             raise ValueError(
                 f"{type(norm).__name__} normalizes the channels of maps (N, C, *), but {path or 'the model'}, a "
                 f"{type(module).__module__}.{type(module).__qualname__}, normalizes tokens (N, L, C), each by itself: "
@@ -376,26 +377,29 @@ def _has_layer_norm(cls: type) -> bool:
     return default is not None and isinstance(default.default, dict) and default.default.get("type") == "LN"
 
 
+def _embeds_patches(module: nn.Module) -> bool:
+    places = ("mmcv.cnn.bricks.transformer", "mmdet.models.layers.transformer.utils", "mmseg.models.utils.embed")
+    return any(keeps_forward(module, place, "PatchEmbed") for place in places)
+
+
 def _widen_groups(model: nn.Module) -> None:
-    """Give groups of two channels or more to EvoNormS0 where it sees what a global pooling leaves of a map.
+    """Give groups of two channels or more to EvoNormS0 where it sees a vector: behind a global pooling, or a Linear.
 
     A group of one channel holds a single value there, which has no deviation.
     """
     for module in model.modules():
-        norms = []
-        if isinstance(module, _split_attentions()):
-            norms.append(module.norm1)
-        elif isinstance(module, nn.Sequential):
-            for pool, layer in itertools.pairwise(module):
-                if isinstance(pool, nn.modules.pooling._AdaptiveAvgPoolNd) and pool.output_size in (
-                    1,
-                    (1, 1),
-                    (1, 1, 1),
-                ):
-                    norms.append(getattr(layer, "norm", None))
+        norms = [module.norm1] if isinstance(module, _split_attentions()) else []
+        if isinstance(module, nn.Sequential):
+            norms += [getattr(layer, "norm", layer) for before, layer in itertools.pairwise(module) if _is_flat(before)]
         for norm in norms:
             if isinstance(norm, EvoNormS0) and norm.num_groups == norm.num_channels > 1:
                 norm.num_groups = next(g for g in range(norm.num_channels - 1, 0, -1) if norm.num_channels % g == 0)
+
+
+def _is_flat(layer: nn.Module) -> bool:
+    """Whether a layer puts out one position of each channel."""
+    sizes = getattr(layer, "output_size", None) if isinstance(layer, _AdaptiveAvgPoolNd) else None
+    return isinstance(layer, nn.Linear) or sizes == 1 or (isinstance(sizes, tuple) and set(sizes) == {1})
 
 
 def _split_attentions() -> tuple[type, ...]:

@@ -30,6 +30,7 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
+from normplug.openmmlab.classes import stock_class
 from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.data_files import some
 from normplug.openmmlab.data_places import class_counts
@@ -273,7 +274,7 @@ class _Trace:
         if model is not None and name.endswith("forward"):
             path = next((path for path, part in model.named_modules() if part is owner), "")
             return f"model{'.' if path else ''}{path} ({type(owner).__name__})"
-        return f"{getattr(owner, '_stock', type(owner)).__name__}.{name}"  # adapt's classes are made at run time
+        return f"{stock_class(owner).__name__}.{name}"  # adapt's classes are made at run time
 
 
 def _last(tb: TracebackType | None) -> TracebackType | None:

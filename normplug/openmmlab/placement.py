@@ -6,6 +6,8 @@ class, there also across the border of a module. A block that uses one ``nn.ReLU
 keeps that behind the sum only.
 """
 
+import contextlib
+import copy
 import dis
 import functools
 from collections.abc import Collection, Iterator
@@ -15,10 +17,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from normplug.openmmlab.classes import derive, is_ours, is_toolkits, keeps_forward, owner_of, stock_class
+from normplug.openmmlab.classes import (
+    derive,
+    is_list,
+    is_ours,
+    is_sequence,
+    is_toolkits,
+    keeps_forward,
+    owner_of,
+    stock_class,
+)
 from normplug.openmmlab.watching import watch
 
-__all__ = ["REPLACED", "ActivationInNorm", "contains_activation", "place_activations", "places_itself"]
+__all__ = ["REPLACED", "ActivationInNorm", "contains_activation", "is_watched", "place_activations", "places_itself"]
 
 # What a layer with an activation replaces. Gates (Sigmoid, Tanh, ...) mean something else, and stay.
 REPLACED = {"ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "SiLU", "Swish", "GELU", "Hardswish", "Mish"}
@@ -26,7 +37,6 @@ FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "s
 # What may stand between a norm and its activation: it does not matter which of the two comes first.
 TRANSPARENT = {"Identity", "DropPath", "Dropout", "Dropout2d", "Dropout3d"}
 HANDED_ON = {"timm", "torchvision"}
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class ActivationInNorm(nn.Identity):
@@ -71,6 +81,7 @@ class _Seen:
     uses: list[_Use] = field(default_factory=list)
     bare: list[nn.Module] = field(default_factory=list)  # norms behind which there is no activation
     end: nn.Module | None = None  # a norm whose output is the module's: what is around it may activate
+    bare_parts_of_parts: list[nn.Module] = field(default_factory=list)
     error: Exception | None = None
 
 
@@ -96,6 +107,7 @@ def place_activations(model: nn.Module) -> None:
     seen = _look(model, owners)
     followed = {use.behind for one in seen for use in one.uses if use.behind is not None}
     bare = {norm for one in seen for norm in one.bare}
+    bare |= {norm for one in seen for norm in one.bare_parts_of_parts} - followed  # of which their owner makes no use
     for norm, (path, owner) in owners.items():
         if norm in followed & bare:
             raise _refusal(norm, path, owner, "an activation follows it in one place and none in another")
@@ -117,11 +129,11 @@ def _norms_to_place(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, nn
         if path and contains_activation(layer):
             around = path.rpartition(".")[0]
             owner = owner_of(around, model)
-            if _is_watched(owner):
+            if is_watched(owner):
                 yield layer, (around, owner)
 
 
-def _is_watched(owner: nn.Module) -> bool:
+def is_watched(owner: nn.Module) -> bool:
     """Whether a class is a toolkit's, or of a package whose backbones the toolkits hand on."""
     known = is_toolkits(owner) or any(cls.__module__.partition(".")[0] in HANDED_ON for cls in type(owner).__mro__)
     return known and not places_itself(owner)
@@ -144,12 +156,12 @@ def _look(model: nn.Module, norms: Collection[nn.Module]) -> list[_Seen]:
     """Return what the modules around these norms do with what they put out, the innermost first."""
     seen, ends = [], {norm: norm for norm in norms}
     for path, module in reversed(list(model.named_modules())):
-        if not any(part in ends for part in _parts(module)) or not _is_watched(owner_of(path, model)):
+        if not any(part in ends for part in _parts(module)) or not is_watched(owner_of(path, model)):
             continue
-        if isinstance(module, nn.Sequential):
+        if is_list(module):
+            continue
+        if is_sequence(module):
             one = _look_at_sequence(module, path, ends)
-        elif isinstance(module, CONTAINERS):
-            continue
         elif keeps_forward(module, "mmcv.cnn.bricks.conv_module", "ConvModule"):
             one = _look_at_conv_module(module, path, ends)
         else:
@@ -166,7 +178,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield what a module may call: its children, and those of its lists."""
     for child in module.children():
         yield child
-        if isinstance(child, CONTAINERS):
+        if is_list(child) or is_sequence(child):
             yield from _parts(child)
 
 
@@ -206,31 +218,56 @@ def _look_at_conv_module(module: nn.Module, path: str, ends: dict[nn.Module, nn.
 
 def _look_at_forward(module: nn.Module, path: str, ends: dict[nn.Module, nn.Module]) -> _Seen:
     one = _Seen(module, path)
-    try:
-        graphs = {method: watch(module, method) for method in ("forward", *_other_methods(module))}
-    except Exception as error:  # the toolkit's code, on stand-ins for tensors: it may raise anything
-        one.error = error
-        return one
-    own = set(_parts(module))  # what its parts consist of is seen where these are looked at
-    for method, graph in graphs.items():
-        origin: dict[fx.Node, fx.Node] = {}
-        (output,) = (node for node in graph.nodes if node.op == "output")
-        returned = _returned(output.args[0])
-        for node in graph.nodes:
-            called, sources = _called(node, module), [origin[n] for n in node.all_input_nodes]
-            norms = [ends[part] for part in (_called(n, module) for n in sources) if part in own and part in ends]
-            origin[node] = node
-            if called is not None and type(called).__name__ in TRANSPARENT and sources:
-                origin[node] = sources[0]
-            elif _is_activation(node, called) and (norms or called in own):
-                of, behind = called if called in own else None, norms[0] if norms else None
-                is_last = len(node.users) == 1 and node in returned and {n.target for n in returned} == {node.target}
-                one.uses.append(_Use(_name(node), of, behind, method, is_last))
-            elif node is output and len(sources) == 1 and output.args[0] is node.all_input_nodes[0] and norms:
-                one.end = norms[0]
-            else:
-                one.bare += norms
+    with _told_apart(module):
+        try:
+            graphs = {method: watch(module, method) for method in ("forward", *_other_methods(module))}
+        except Exception as error:  # the toolkit's code, on stand-ins for tensors: it may raise anything
+            one.error = error
+            return one
+        for method, graph in graphs.items():
+            _read(graph, method, one, ends)
     return one
+
+
+@contextlib.contextmanager
+def _told_apart(module: nn.Module) -> Iterator[None]:
+    """Have another object under each name of an activation, for a while: a graph has one name for each object."""
+    known, put_back = set(), []
+    for holder in (module, *(part for part in _parts(module) if is_list(part) or is_sequence(part))):
+        for name, part in holder._modules.items():
+            if part in known and _activates(part):
+                put_back.append((holder, name, part))
+                holder._modules[name] = copy.copy(part)
+            known.add(part)
+    try:
+        yield
+    finally:
+        for holder, name, part in put_back:
+            holder._modules[name] = part
+
+
+def _read(graph: fx.Graph, method: str, one: _Seen, ends: dict[nn.Module, nn.Module]) -> None:
+    module = one.module
+    own = set(_parts(module))  # what its parts consist of is seen where these are looked at
+    origin: dict[fx.Node, fx.Node] = {}
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    returned = _returned(output.args[0])
+    for node in graph.nodes:
+        called, sources = _called(node, module), [origin[n] for n in node.all_input_nodes]
+        parts = [part for part in (_called(n, module) for n in sources) if part in ends]
+        norms = [ends[part] for part in parts if part in own]
+        origin[node] = node
+        if called is not None and type(called).__name__ in TRANSPARENT and sources:
+            origin[node] = sources[0]
+        elif _is_activation(node, called) and (norms or called in own):
+            of, behind = called if called in own else None, norms[0] if norms else None
+            is_last = len(node.users) == 1 and node in returned and {n.target for n in returned} == {node.target}
+            one.uses.append(_Use(_name(node), of, behind, method, is_last))
+        elif node is output and len(sources) == 1 and output.args[0] is node.all_input_nodes[0] and norms:
+            one.end = norms[0]
+        else:
+            one.bare += norms
+            one.bare_parts_of_parts += [ends[part] for part in parts if part not in own]
 
 
 def _returned(value: Any) -> list[fx.Node]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.openmmlab.classes import is_toolkits, owner_of
-from normplug.openmmlab.placement import ActivationInNorm
+from normplug.openmmlab.placement import ActivationInNorm, is_watched
 
 __all__ = [
     "LineFit",
@@ -83,10 +83,10 @@ def check_place(model: nn.Module, name: str, new: nn.Module) -> None:
     """Refuse a norm that contains its activation where nobody knows which activation it would have to replace.
 
     Raises:
-        ValueError: If the class around is no toolkit's.
+        ValueError: If the class around is no toolkit's and of no package whose backbones the toolkits hand on.
     """
     owner = owner_of(name.rpartition(".")[0], model) if "." in name else model
-    if getattr(new, "contains_activation", False) and not is_toolkits(owner):
+    if getattr(new, "contains_activation", False) and not (is_toolkits(owner) or is_watched(owner)):
         raise ValueError(
             f"{type(new).__name__} contains its activation, but {name} sits in {type(owner).__name__}, of which "
             f"normplug does not know where it applies activations. Use a norm without one, for example GN."

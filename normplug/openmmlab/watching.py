@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from normplug.openmmlab.classes import stock_class
+
 __all__ = ["watch"]
 
 # What a list of unknown length has: more than any list of modules that is gone through beside it.
@@ -31,7 +33,7 @@ def watch(module: nn.Module, method: str = "forward") -> fx.Graph:
         Exception: Whatever the code raises on stand-ins: torch.fx.proxy.TraceError where what it does depends on values
             or sizes, and anything else.
     """
-    derived, stock = type(module), getattr(module, "_stock", type(module))
+    derived, stock = type(module), stock_class(module)
     parameters = inspect.signature(getattr(stock, method)).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     attributes, buffers = dict(vars(module)), dict(module._buffers)
@@ -70,7 +72,7 @@ class _Value(fx.Proxy):
         return self.tracer.axes
 
     def __len__(self) -> int:
-        count = self.tracer.count(self.node)
+        count = MANY if self.node.op == "call_module" else self.tracer.count(self.node)
         if count is None:
             raise TypeError("how many values there are depends on the input")
         return count
@@ -96,9 +98,7 @@ class _OfOneModule(fx.Tracer):
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, arg in enumerate(args):
-            if isinstance(arg, _Value) and arg.node.target.startswith(
-                "*"
-            ):  # nobody gives more than there is a name for
+            if isinstance(arg, _Value) and arg.node.target.startswith("*"):  # of *args and **kwargs nothing is given
                 args[i] = {} if arg.node.target.startswith("**") else ()
         if self.gives_lists:
             args = [[arg[i] for i in range(self.length)] if isinstance(arg, _Value) else arg for arg in args]
