@@ -248,13 +248,6 @@ def test_groups_of_an_op_are_integers():
                 OPS[op](torch.randn(2, C, 5, device=DEVICE), num_groups=groups)
 
 
-@each_layer
-def test_symbolic_tracing_is_told_what_to_do(layer):
-    if not issubclass(layer, nn.modules.conv._ConvNd):  # these can be traced
-        with pytest.raises(TypeError, match=r"Proxy of torch\.fx\. .*is_leaf_module"):
-            torch.fx.symbolic_trace(build(layer))
-
-
 def test_an_act_that_is_no_word():
     for act in (5, True, ["relu"]):
         with pytest.raises(ValueError, match="is no activation"):

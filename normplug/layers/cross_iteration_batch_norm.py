@@ -340,6 +340,8 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             return own
         if sizes not in self._paddings:
             found = padding_of(conv, x)
+            if found is None and not x.isfinite().all():
+                return own  # NaN says nothing about the convolution
             if found is None:
                 raise ValueError(
                     f"{type(self).__name__} follows {conv.module} ({type(conv.module).__module__}), but its output is "
