@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DEVICE
+from cases import CASES, DEVICE, evonorm_s0
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -203,6 +203,22 @@ def test_gradients_of_gradients_with_a_residual(op, act, dtype):
     inputs = x, residual, weight, bias, dy, v, w
     for got, want in zip(second(ours, *inputs), second(formula, *(t.double() for t in inputs)), strict=True):
         close(got, want, 32) if want.abs().max() else torch.testing.assert_close(got.double(), want)
+
+
+def test_gradients_of_gradients_where_parameters_come_from_the_input():
+    x, dy, v = draw(count=3)
+
+    def second(norm):
+        leaf = x.clone().requires_grad_()
+        middle = leaf.sin()
+        y = norm(middle, middle.mean((0, 2, 3)))
+        gradient = torch.autograd.grad(y, leaf, dy, create_graph=True)[0]
+        return gradient.detach(), torch.autograd.grad((gradient * v).sum(), leaf)[0]
+
+    got = second(lambda x, weight: ops.evonorm_s0(x, 2, None, weight, weight))
+    want = second(lambda x, weight: evonorm_s0(2)(x, torch.ones_like(weight), weight, weight))
+    for g, w in zip(got, want, strict=True):
+        close(g, w, 16)
 
 
 def test_gradients_of_gradients_by_statistics_of_the_batch_itself():
