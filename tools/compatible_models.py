@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Try every norm in every backbone of the four toolkits, and write the table of docs/compatibility.md.
 
-    python tools/compatible_models.py                      # all of them, and writes the page
+    python tools/compatible_models.py                      # all of them: minutes; writes the page
     python tools/compatible_models.py --only mmseg.ResNet  # prints what becomes of one
 
 A backbone takes a norm if it is built with it, initialized as by a Runner, no batch norm of another kind
@@ -9,7 +9,10 @@ is left, and one training step gives every parameter that takes part a finite gr
 """
 
 import argparse
+import contextlib
 import importlib
+import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ import normplug  # noqa: F401  registers the norms
 from normplug.layers.weight_standardization import WSConv2d, WSConv3d
 from normplug.openmmlab.placement import REPLACED, contains_activation
 from normplug.openmmlab.settings import accepted_arguments
+from normplug.reporting import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -70,6 +74,11 @@ def _filled(settings: Any, norm: dict[str, Any]) -> Any:
     if isinstance(settings, dict):
         return {key: _filled(value, norm) for key, value in settings.items()}
     return settings
+
+
+def register(toolkit: str) -> None:
+    """Have the registries of a toolkit know all that it has."""
+    importlib.import_module(f"{toolkit}.utils").register_all_modules(init_default_scope=False)
 
 
 def build(toolkit: str, cfg: dict[str, Any]) -> nn.Module:
@@ -188,22 +197,101 @@ def attempt_conv_ws(toolkit: str, name: str) -> str:
     return "yes"
 
 
+# Why a backbone does not take a norm, in short, by what the attempt says.
+REASONS = {
+    "normalizes tokens": "Its norms are LayerNorms of tokens (N, L, C). A norm of channels would normalize another "
+    "axis, and is refused when the model is built.",
+    "There is no batch, group or instance norm": "It has none of the norms that can be replaced.",
+    "must normalize the output of a convolution|cannot follow a transposed": "CBN corrects old statistics by the "
+    "weight of the convolution right before it, and some norms have none there.",
+    "calls relu_ behind it": "Its blocks call the ReLU as a method of tensors: it cannot be left out.",
+    "has order=": "An activation stands before its norm, where none can contain it.",
+    "To use VPD model": "It wants the packages of Stable Diffusion, and was not tried.",
+    "'NoneType' object has no attribute 'shape'": "Its norms are of the patches that SparK's mask leaves visible, and "
+    "nothing runs without that mask.",
+    "takes no conv_cfg": "It takes no `conv_cfg`.",
+    "no ConvWS is in it": "It takes a `conv_cfg` and makes no use of it.",
+    "gives each filter deviation 1": "Some filters have a single value, which has no deviation.",
+    "AssertionError: $": "Its convolutions must be `Conv2plus1d`.",
+}
+HEADING = "## Models"
+
+
+def reason(result: str) -> str:
+    """Return the short form of what an attempt says; the whole where there is none."""
+    return next((short for pattern, short in REASONS.items() if re.search(pattern, result)), result)
+
+
+def section(results: dict[tuple[str, str], dict[str, str]]) -> str:
+    """Return the part of the page that is made of the results of every backbone."""
+    columns = [*NORMS, "ConvWS"]
+    reasons: dict[str, int] = {}
+    rows = [["Toolkit", "Backbone", "Told by", *columns]]
+    for (toolkit, name), result in results.items():
+        route = "norm_cfg" if takes_norm_cfg(toolkit, name) else "replace_norm"
+        cells = []
+        for column in columns:
+            if result[column] == "yes":
+                cells.append("yes")
+            else:
+                cells.append(f"({reasons.setdefault(reason(result[column]), len(reasons) + 1)})")
+        rows.append([toolkit, name, f"`{route}`", *cells])
+    every = sum(all(result[norm] == "yes" for norm in NORMS) for result in results.values())
+    text = f"""{HEADING}
+
+Every backbone that mmdet, mmaction2, mmsegmentation and mmpretrain register, with every norm; {every} of {len(results)}
+take all {len(NORMS)}. "yes" says that
+
+- the backbone was built in its toolkit's scope, by the `norm_cfg` that it takes, or by `replace_norm` where it takes none
+  or hands it to a part of its norms only, and its `init_weights` ran;
+- no batch norm of another kind is left;
+- a training step on random data gave finite gradients;
+- for the norms that contain their activation: activations are applied as often as in the same network with GN, and none
+  behind such a norm.
+
+The last column is `conv_cfg=dict(type='ConvWS')`, or `ConvWS3d`, with GN. The backbones are small ones
+(`tools/toolkit_backbones.py`). The table was made on a CPU, by
+
+    python tools/compatible_models.py
+
+"""
+    text += markdown_table(rows) + "\n\n"
+    return text + "\n".join(f"{number}. {why}" for why, number in reasons.items()) + "\n"
+
+
+def write_page(text: str) -> None:
+    """Put the section into the page, in place of the one that is there."""
+    page = PAGE.read_text() if PAGE.exists() else "# What works with what\n"
+    before, found, after = page.partition(HEADING)
+    rest = re.search(r"^## ", after, re.MULTILINE) if found else None
+    PAGE.write_text(f"{before.rstrip()}\n\n{text}" + (f"\n{after[rest.start() :]}" if rest else ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TOOLKIT.NAME", action="append", help="try these, and write no page")
-    parser.add_argument("--norms", nargs="+", choices=[*NORMS, "ConvWS"], default=[*NORMS, "ConvWS"])
+    parser.add_argument("--only", metavar="TOOLKIT.NAME", nargs="+", help="print the results of these, write no page")
+    parser.add_argument("--norms", nargs="+", choices=[*NORMS, "ConvWS"], help="print the results of these")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
+    known = [f"{toolkit}.{name}" for toolkit, samples in BACKBONES.items() for name in samples]
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"--only takes backbones such as mmseg.ResNet, but got {', '.join(sorted(unknown))}.")
     MMLogger.get_instance("mmengine", log_level="ERROR")
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for toolkit, samples in BACKBONES.items():
-        importlib.import_module(f"{toolkit}.utils").register_all_modules(init_default_scope=False)
-        for name in samples:
-            if args.only and f"{toolkit}.{name}" not in args.only and toolkit not in args.only:
-                continue
-            for norm in args.norms:
+    results: dict[tuple[str, str], dict[str, str]] = {}
+    for where in args.only or known:
+        toolkit, name = where.split(".")
+        register(toolkit)
+        results[toolkit, name] = {}
+        for norm in args.norms or [*NORMS, "ConvWS"]:
+            with contextlib.redirect_stdout(sys.stderr):  # some print
                 result = attempt_conv_ws(toolkit, name) if norm == "ConvWS" else attempt(toolkit, name, norm)
-                print(toolkit, name, norm, result.replace("\n", " "), sep="\t", flush=True)
+            results[toolkit, name][norm] = result
+            line = "\t".join([where, norm, result.replace("\n", " ")])
+            print(line, file=sys.stdout if args.only or args.norms else sys.stderr, flush=True)
+    if not args.only and not args.norms:
+        write_page(section(results))
+        print(PAGE.relative_to(ROOT))
 
 
 if __name__ == "__main__":
