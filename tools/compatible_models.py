@@ -239,8 +239,8 @@ def section(results: dict[tuple[str, str], dict[str, str]]) -> str:
     every = sum(all(result[norm] == "yes" for norm in NORMS) for result in results.values())
     text = f"""{HEADING}
 
-Every backbone that mmdet, mmaction2, mmsegmentation and mmpretrain register, with every norm; {every} of {len(results)}
-take all {len(NORMS)}. "yes" says that
+Every backbone that mmdet, mmaction2, mmsegmentation and mmpretrain register, with every norm; {every} of
+{len(results)} take all {len(NORMS)}. "yes" says that
 
 - the backbone was built in its toolkit's scope, by the `norm_cfg` that it takes, or by `replace_norm` where it takes none
   or hands it to a part of its norms only, and its `init_weights` ran;
