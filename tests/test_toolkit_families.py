@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from stock_configs import stock
@@ -146,6 +145,11 @@ every_norm = pytest.mark.parametrize("norm", [name for name in NORMS if name != 
 VIDEO = dict(pretrained=None, base_channels=8, conv1_kernel=(1, 7, 7))
 
 
+def build(cfg):
+    with DefaultScope.overwrite_default_scope("mmaction"):  # its own layers are looked up there
+        return MODELS.build(cfg)
+
+
 @every_norm
 def test_non_local_blocks_ask_every_norm_for_its_channels(norm):
     cfg = dict(
@@ -166,7 +170,7 @@ def test_non_local_blocks_ask_every_norm_for_its_channels(norm):
 def test_the_last_norm_of_a_residual_branch_starts_at_zero(name, norm):
     cfg = dict(type=f"mmaction.{name}", norm_cfg=NORMS[norm], zero_init_residual=True)
     cfg |= dict(gamma_d=1) if name == "X3D" else dict(depth=50, pretrained=None, base_channels=8)
-    model = MODELS.build(cfg)
+    model = build(cfg)
     model.init_weights()
     names = [key for key, m in model.named_modules() if hasattr(m, "norm_name")]
     for key in names:
@@ -260,12 +264,11 @@ def samples(toolkit):
 @pytest.mark.parametrize("name", MODEL)
 def test_whole_models_train_a_step_by_their_runner(name, norm, tmp_path):
     toolkit, path = MODEL[name]
-    cfg = stock(toolkit, path)
-    model = Config(cfg.model.to_dict())
-    model.backbone.update(norm_cfg=dict(type="BN"))  # mmpretrain's leaves it out
+    model = stock(toolkit, path).model.to_dict()
+    model["backbone"].setdefault("norm_cfg", dict(type="BN"))
     with_norm(model, dict(type=norm))
     runner = Runner(
-        model.to_dict(),
+        model,
         str(tmp_path),
         default_scope=toolkit,
         experiment_name=f"family-{next(numbers)}",
