@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import DEVICE
 from torch import nn
+from torch.export import Dim
 
 from normplug import layers
 from normplug.layers import (
@@ -218,6 +219,96 @@ def test_torchscript_does_not_train_what_it_cannot(name):
     x, _ = inputs(layer)
     with pytest.raises(torch.jit.Error, match=r"is trained in Python alone: call eval\(\)"):
         torch.jit.script(layer)(x)
+
+
+# --- programs for inputs of any size
+
+
+class Side(nn.Module):
+    """Layers side by side: what makes a graph of one makes one of all, in less time."""
+
+    def __init__(self, names, dtype=torch.float32):
+        super().__init__()
+        self.names, self.layers = list(names), nn.ModuleList(build(name).to(dtype) for name in names)
+        for t in self.buffers():
+            t.data = t.to(dtype) if t.is_floating_point() else t
+        self.eval()
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+    def sizes(self, **limits):
+        """What may differ from call to call: samples, and each spatial axis."""
+        return {0: Dim("n"), **{i: Dim(f"axis{i}", **limits) for i in range(2, inputs(self.layers[0])[0].ndim)}}
+
+    def inputs(self):
+        x, other = inputs(self.layers[0], sizes=((2, 7), (3, 10)))
+        dtype = next(self.parameters()).dtype
+        return x.to(dtype), torch.cat([other, other[:, :, 4:]], 2).to(dtype)
+
+    def compare(self, run, **tolerances):
+        for x in self.inputs():
+            for name, got, want in zip(self.names, run(x), self(x), strict=True):
+                torch.testing.assert_close(got, want.detach(), **tolerances, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def sides():
+    """All norms, and each convolution; with what a kernel needs in the way of room."""
+    yield pytest.param(NORMS, {}, id="norms")
+    yield from (pytest.param([name], {"min": 4}, id=name) for name in CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("names", "limits"), sides())
+def test_exported_for_inputs_of_any_size(names, limits, strict):
+    net = Side(names)
+    exported = torch.export.export(net, net.inputs()[:1], dynamic_shapes={"x": net.sizes(**limits)}, strict=strict)
+    assert not [node for node in exported.graph.nodes if "normplug" in str(node.target)]
+    saved = io.BytesIO()
+    torch.export.save(exported, saved)
+    saved.seek(0)
+    net.compare(torch.export.load(saved).module(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("names", "limits"), sides())
+def test_compiled_for_inputs_of_any_size(names, limits):
+    net = Side(names)
+    net.compare(torch.compile(net, dynamic=True, fullgraph=True, backend="aot_eager"))
+
+
+def test_a_trace_is_of_no_certain_size():
+    for names in (NORMS, *([name] for name in CONVOLUTIONS)):
+        net = Side(names)
+        net.compare(torch.jit.trace(net, net.inputs()[0]))
+
+
+def run_by_onnx(file):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return lambda x: map(torch.from_numpy, session.run(None, {given.name: x.numpy()}))
+
+
+# They warn of what they have been told, and of themselves
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.skipif(DEVICE != "cpu", reason="onnxruntime is that for CPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "trace"])
+@pytest.mark.parametrize(("names", "limits"), sides())
+def test_onnx(names, limits, dynamo, dtype, tmp_path):
+    if names is not NORMS and dtype == torch.float16:
+        pytest.skip("onnxruntime has no convolution of half precision on a CPU")
+    # Batch norm by the batch, in evaluation: the older exporter has no path for torch's own either.
+    net = Side([name for name in names if dynamo or name != "BNAct-by-batch"], dtype)
+    x, file = net.inputs()[0], str(tmp_path / "net.onnx")
+    if dynamo:
+        torch.onnx.export(net, (x,), file, dynamo=True, dynamic_shapes={"x": net.sizes(**limits)}, verbose=False)
+    else:
+        axes = {"x": [0, *range(2, x.ndim)]}
+        torch.onnx.export(net, (x,), file, dynamo=False, dynamic_axes=axes, input_names=["x"], opset_version=17)
+    tolerances = dict(atol=2e-5, rtol=1e-4) if dtype == torch.float32 else {}
+    net.compare(run_by_onnx(file), **tolerances)
 
 
 # --- what looks at every attribute

@@ -68,7 +68,7 @@ def formula(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | No
     t = x.to(acc_dtype(x))
     by_group = t.unflatten(1, (num_groups, -1))
     rest = tuple(range(2, by_group.ndim))
-    size = math.prod(by_group.shape[2:])
+    size = x.shape[1] // num_groups * math.prod(x.shape[2:])  # those of by_group are constants to an ONNX exporter
     centred = by_group - by_group.sum(rest, keepdim=True) / size
     var = centred.square().sum(rest, keepdim=True) / size
     z = (t * torch.sigmoid(per_channel(v.to(t.dtype), x) * t)).unflatten(1, (num_groups, -1))
