@@ -4,13 +4,14 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._symbolic import Proxy, chosen, node_of
-from normplug.ops._common import acc_dtype
+from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual, is_recorded
 from normplug.ops._registration import UNCAPTURABLE, is_exporting
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
@@ -146,9 +147,17 @@ def normalize_by_running(
         if eps_outside:  # (√var + eps)², in two parts: torch takes no eps of 0
             var, eps = torch.add(var, var.sqrt(), alpha=2 * eps), eps * eps
         return stock_batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-    var = var.to(wide)
+    mean, var = mean.to(wide), var.to(wide)
+    if is_recorded() and eps * eps > 0:  # what reads a graph, or counts its operations, knows torch's batch norm
+        check_act(act)
+        check_residual("batch_normalize", x, residual)
+        if eps_outside:
+            var, eps = var + 2 * eps * var.sqrt(), eps * eps
+        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+        z = F.batch_norm(x.to(wide), mean, var, weight, bias, False, 0.0, eps)
+        return add_and_activate(z, act, residual, x.dtype)
     rstd = 1 / (var.sqrt() + eps) if eps_outside else (var + eps).rsqrt()
-    return batch_normalize(x, mean.to(wide), rstd, weight, bias, act, residual)
+    return batch_normalize(x, mean, rstd, weight, bias, act, residual)
 
 
 class ConversionGuard(nn.Module):
