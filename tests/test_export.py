@@ -311,6 +311,50 @@ def test_onnx(names, limits, dynamo, dtype, tmp_path):
     net.compare(run_by_onnx(file), **tolerances)
 
 
+# --- quantization
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("behind", [(), (nn.ReLU(),)], ids=["", "relu"])
+@pytest.mark.parametrize("name", ["BNAct", "SyncBN", "CBN", "FrozenBatchNorm"])
+def test_a_batch_norm_is_fused_into_its_convolution(name, behind):
+    from torch.ao.quantization import fuse_modules, fuse_modules_qat
+
+    layer = NORMS[name]() if name != "CBN" else CrossIterationBatchNorm(C)
+    net = nn.Sequential(nn.Conv2d(C, C, 3), shaken(layer), *behind).to(DEVICE).eval()
+    fused = fuse_modules(net, [[str(i) for i in range(len(net))]])
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    assert_same(fused, net, inputs(layer)[0])
+    with pytest.raises(ValueError, match="no batch norm that torch can train in quantization"):
+        fuse_modules_qat(net.train() if name != "FrozenBatchNorm" else net, [["0", "1"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("BNAct-relu", "its activation 'relu'"), ("CBN", "its activation"), ("CBN-eps-outside", "its eps outside")],
+)
+def test_what_fusion_would_drop_is_refused(name, lost):
+    from torch.ao.quantization import fuse_modules
+
+    net = nn.Sequential(nn.Conv2d(C, C, 3), build(name)).eval()
+    with pytest.raises(ValueError, match=rf"cannot be fused into the convolution before it, which would drop {lost}"):
+        fuse_modules(net, [["0", "1"]])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@each_norm
+def test_graph_mode_quantization_leaves_the_layer_in_full_precision(name):
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    net = Net(build(name))
+    x, _ = inputs(net.layer)
+    prepared = prepare_fx(copy.deepcopy(net), get_default_qconfig_mapping(), (x,))
+    prepared(x)
+    got, want = convert_fx(prepared)(x), net(x)
+    assert (got - want).norm() < 0.1 * want.norm()
+
+
 # --- what looks at every attribute
 
 

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
+from normplug.layers._quantization import let_fuse
 from normplug.layers._symbolic import Proxy, chosen, node_of
 from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual, is_recorded
 from normplug.ops._registration import UNCAPTURABLE, is_exporting
@@ -167,9 +168,18 @@ class ConversionGuard(nn.Module):
     ``_BatchNorm`` by ``nn.SyncBatchNorm``. It copies an attribute ``qconfig`` if there is one: there it can be told no.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        let_fuse(cls)
+
     def lost_in_conversion(self) -> str:
         """Return what a stock layer would not do, or nothing if it would do the same."""
         raise NotImplementedError
+
+    def lost_in_fusion(self) -> str:
+        """Return what a convolution that takes the layer over in evaluation would not do, or nothing."""
+        act = getattr(self, "act", None)
+        return f"its activation {act!r}" if act else ""
 
     def refusal(self) -> str:
         """Return what to say to somebody who converts the layer all the same."""
@@ -194,6 +204,11 @@ class ConversionGuard(nn.Module):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         self.__dict__["_qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if self.__dict__.pop("_qconfig", self) is self:
+            raise AttributeError("qconfig")
 
 
 class LocalBatchNorm(ConversionGuard):
