@@ -25,6 +25,7 @@ MMSEG = ["mmsegmentation==1.2.2", "ftfy", "regex"]  # it imports the last two an
 MMPRETRAIN = ["mmpretrain==1.2.0"]
 TEST = ["pytest", "pytest-timeout", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
 TEST += ["onnx", "onnxruntime", "onnxscript", "fvcore"]  # what runs or counts what is exported
+TEST += ["expecttest"]  # for torch's own samples of its modules
 TEST += [*MMSEG, *MMPRETRAIN]
 # Tools for a training and its result; the others are for this repository.
 TOOLS = [

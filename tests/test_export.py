@@ -194,7 +194,7 @@ def test_torchscript(name):
         assert_same(script, net, x)
         assert_same(loaded, net, x)
     if name in NORMS:
-        (x, _) = inputs(layer)
+        x, _ = inputs(layer)
         for other in (x.flatten(2), x.unsqueeze(4).unsqueeze(4), x[:0], x.to(memory_format=torch.channels_last)):
             assert_same(alone, layer, other)
     for dtype in (torch.float64, torch.bfloat16):
