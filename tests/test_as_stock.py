@@ -60,7 +60,10 @@ def test_torchs_own_samples(info, training):
             torch.manual_seed(1)
             results.append([y, *torch.autograd.grad(y, [xi, *layer.parameters()], torch.randn_like(y))])
         torch.testing.assert_close(results[1], results[0])
-        torch.testing.assert_close(ours.state_dict(), stock.state_dict())
+        state, want = ours.state_dict(), stock.state_dict()
+        if x.numel() == 0:  # no batch, and none that counts: torch averages nothing, but counts it
+            state.pop("num_batches_tracked", None), want.pop("num_batches_tracked", None)
+        torch.testing.assert_close(state, want)
         tried += 1
     assert tried > 1
 
