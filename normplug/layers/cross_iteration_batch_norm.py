@@ -366,6 +366,9 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
         (trace.follow if mode else trace.leave)(self)
         return super().train(mode)
 
+    def lost_in_fusion(self) -> str:
+        return super().lost_in_fusion() or ("its eps outside of the root" if self.eps_mode == "outside" else "")
+
     def lost_in_conversion(self) -> str:
         # In evaluation it is a batch norm, and nothing is lost.
         return "the statistics of earlier iterations" if self.training else ""
