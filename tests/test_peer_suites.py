@@ -60,7 +60,7 @@ def checkouts(tmp_path):
 
 @pytest.mark.slow
 def test_what_changes_is_told(checkouts):
-    done = peer_suites(checkouts, "--timeout", 8, "--json", checkouts / "all.json")
+    done = peer_suites(checkouts, "--timeout", 20, "--json", checkouts / "all.json")
     assert done.returncode == 1, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines[0:4] == [

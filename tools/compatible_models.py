@@ -242,8 +242,8 @@ def section(results: dict[tuple[str, str], dict[str, str]]) -> str:
 Every backbone that mmdet, mmaction2, mmsegmentation and mmpretrain register, with every norm; {every} of
 {len(results)} take all {len(NORMS)}. "yes" says that
 
-- the backbone was built in its toolkit's scope, by the `norm_cfg` that it takes, or by `replace_norm` where it takes none
-  or hands it to a part of its norms only, and its `init_weights` ran;
+- the backbone was built in its toolkit's scope, by the `norm_cfg` that it takes, or by `replace_norm` where it takes
+  none or hands it to a part of its norms only, and its `init_weights` ran;
 - no batch norm of another kind is left;
 - a training step on random data gave finite gradients;
 - for the norms that contain their activation: activations are applied as often as in the same network with GN, and none

@@ -12,8 +12,8 @@ from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._quantization import let_fuse
 from normplug.layers._symbolic import Proxy, chosen, node_of
-from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual, is_recorded
-from normplug.ops._registration import UNCAPTURABLE, is_exporting
+from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual
+from normplug.ops._registration import UNCAPTURABLE, is_exporting, is_recorded
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
