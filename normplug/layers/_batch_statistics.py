@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._quantization import let_fuse
-from normplug.layers._symbolic import Proxy, chosen, node_of
+from normplug.layers._symbolic import chosen, node_of
 from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual
 from normplug.ops._registration import UNCAPTURABLE, is_exporting, is_recorded
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
@@ -258,11 +258,9 @@ class LocalBatchNorm(ConversionGuard):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x, residual, act)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_features)
+        if (node := node_of(self, x, residual, act)) is not None:
+            return node
+        check_channels(self, x, self.num_features)
         act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
             args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
