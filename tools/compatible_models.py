@@ -34,6 +34,7 @@ from normplug.reporting import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
+KNOWN = [f"{toolkit}.{name}" for toolkit, samples in BACKBONES.items() for name in samples]
 NORMS = {
     "GN": dict(type="GN", num_groups="auto"),
     "BNAct": dict(type="BNAct"),
@@ -267,19 +268,23 @@ def write_page(text: str) -> None:
     PAGE.write_text(f"{before.rstrip()}\n\n{text}" + (f"\n{after[rest.start() :]}" if rest else ""))
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TOOLKIT.NAME", nargs="+", help="print the results of these, write no page")
     parser.add_argument("--norms", nargs="+", choices=[*NORMS, "ConvWS"], help="print the results of these")
-    args = parser.parse_args()
-    known = [f"{toolkit}.{name}" for toolkit, samples in BACKBONES.items() for name in samples]
-    if unknown := set(args.only or ()) - set(known):
+    args = parser.parse_args(argv)
+    if unknown := set(args.only or ()) - set(KNOWN):
         parser.error(f"--only takes backbones such as mmseg.ResNet, but got {', '.join(sorted(unknown))}.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     MMLogger.get_instance("mmengine", log_level="ERROR")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results: dict[tuple[str, str], dict[str, str]] = {}
-    for where in args.only or known:
+    for where in args.only or KNOWN:
         toolkit, name = where.split(".")
         register(toolkit)
         results[toolkit, name] = {}
