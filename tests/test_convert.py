@@ -182,13 +182,41 @@ def test_frozen_parameters_modes_and_constant_channels_stay():
     model(images("resnet", 1)[0])[-1].sum().backward()
 
 
+class OfNobody(nn.Module):
+    """A class of the user's, of which we do not know where it activates."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu()
+
+
+def test_norms_with_an_activation_take_the_place_of_those_of_torchvision():
+    model, data = trained("torchvision")
+    convert_norm(model, "BN", "EvoNormS0", data)
+    activates = {name: m.apply_act for name, m in model.named_modules() if hasattr(m, "apply_act")}
+    blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert {name for name, does in activates.items() if does} == {"bn1", *(f"{block}.bn1" for block in blocks)}
+    inputs = []  # of each, whether it has anything to do
+    for block in blocks:  # a ReLU behind each sum, and none behind the norms
+        assert not isinstance(model.get_submodule(block).relu, nn.ReLU)
+        model.get_submodule(block).last_activation.register_forward_pre_hook(
+            lambda _, args: inputs.append((args[0] < 0).any())
+        )
+    model(torch.randn(2, 3, 64, 64))
+    assert len(inputs) == len(blocks)
+    assert all(inputs)
+
+
 def test_what_cannot_be_converted_is_told_before_anything_changes():
     model, data = trained("torchvision")
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"conv1|bn1 has 64 channels"):
         convert_norm(model, "BN", "GN", data, num_groups=48)
     with pytest.raises(ValueError, match="contains its activation"):
-        convert_norm(model, "BN", "EvoNormS0", data)
+        convert_norm(OfNobody(), "BN", "EvoNormS0", data)
     with pytest.raises(ValueError, match="no SyncBN"):
         convert_norm(model, "SyncBN", "GN", data)
     with pytest.raises(ValueError, match="used up"):

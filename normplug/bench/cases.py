@@ -151,9 +151,11 @@ def batch_norm_relu(x, weight, bias, residual=None):
 
 def sync_batch_norm_relu(x, weight, bias):
     """Take the way of several ranks, in a group of one: the collectives run and have nothing to wait for."""
+    from normplug.layers.sync_batch_norm import synchronized
+
     layer = _sync_layer(len(weight), x.device)
     layer.weight, layer.bias = weight, bias
-    return layer._synchronized(x, None, layer.act)
+    return synchronized(layer, x, None, layer.act)
 
 
 @functools.cache
