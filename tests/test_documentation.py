@@ -15,6 +15,8 @@ A command that is in neither table fails, and so does an entry that no command n
 
 import argparse
 import ast
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -157,6 +159,14 @@ def parses(text: str) -> None:
     import_module(Path(words[1]).stem).parse_args(words[2:])
 
 
+def parses_folder(text: str) -> None:
+    """Check that a tool takes the arguments and has nothing against them but that the folder is not there."""
+    words, said = split(text)[1], io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(said):
+        import_module(Path(words[1]).stem).parse(words[2:])
+    assert "has none of" in said.getvalue(), said.getvalue()
+
+
 def tool_exists(text: str) -> None:
     name = split(text)[1][0]
     assert (ROOT / name).is_file(), f"there is no {name}"
@@ -237,6 +247,8 @@ NOT_RUN = [
     NotRun(r"--more-a", "needs trainings of several seeds; tests/test_compare_seeds.py has them", parses),
     NotRun(r"kernel_facts\.py", "an hour of compiling; tests/test_kernels.py does a part", configs_exist),
     NotRun(r"benchmark_train\.py", "needs a GPU; tests/test_benchmark_train.py has a tiny one", parses),
+    NotRun(r"compatible_models\.py$", "hours; tests/test_toolkit_families.py has a sample", parses),
+    NotRun(r"peer_suites\.py", "needs checkouts; tests/test_peer_suites.py has a small one", parses_folder),
     NotRun(r"gpu_wheels\.sh", "fetches packages", tool_exists),
     NotRun(r"target_env\.sh", "makes an environment of 6 GB and runs these tests", tool_exists),
     NotRun(r"normplug bench", "needs a GPU, or minutes; tests/test_bench.py has a tiny one", has_bench_flags),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import DEVICE
 from torch import nn
+from torch.export import Dim
 
 from normplug import layers
 from normplug.layers import (
@@ -193,7 +194,7 @@ def test_torchscript(name):
         assert_same(script, net, x)
         assert_same(loaded, net, x)
     if name in NORMS:
-        (x, _) = inputs(layer)
+        x, _ = inputs(layer)
         for other in (x.flatten(2), x.unsqueeze(4).unsqueeze(4), x[:0], x.to(memory_format=torch.channels_last)):
             assert_same(alone, layer, other)
     for dtype in (torch.float64, torch.bfloat16):
@@ -218,6 +219,140 @@ def test_torchscript_does_not_train_what_it_cannot(name):
     x, _ = inputs(layer)
     with pytest.raises(torch.jit.Error, match=r"is trained in Python alone: call eval\(\)"):
         torch.jit.script(layer)(x)
+
+
+# --- programs for inputs of any size
+
+
+class Side(nn.Module):
+    """Layers side by side: what makes a graph of one makes one of all, in less time."""
+
+    def __init__(self, names, dtype=torch.float32):
+        super().__init__()
+        self.names, self.layers = list(names), nn.ModuleList(build(name).to(dtype) for name in names)
+        for t in self.buffers():
+            t.data = t.to(dtype) if t.is_floating_point() else t
+        self.eval()
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+    def sizes(self, **limits):
+        """What may differ from call to call: samples, and each spatial axis."""
+        return {0: Dim("n"), **{i: Dim(f"axis{i}", **limits) for i in range(2, inputs(self.layers[0])[0].ndim)}}
+
+    def inputs(self):
+        x, other = inputs(self.layers[0], sizes=((2, 7), (3, 10)))
+        dtype = next(self.parameters()).dtype
+        return x.to(dtype), torch.cat([other, other[:, :, 4:]], 2).to(dtype)
+
+    def compare(self, run, **tolerances):
+        for x in self.inputs():
+            for name, got, want in zip(self.names, run(x), self(x), strict=True):
+                torch.testing.assert_close(got, want.detach(), **tolerances, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def sides():
+    """All norms, and each convolution; with what a kernel needs in the way of room."""
+    yield pytest.param(NORMS, {}, id="norms")
+    yield from (pytest.param([name], {"min": 4}, id=name) for name in CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("names", "limits"), sides())
+def test_exported_for_inputs_of_any_size(names, limits, strict):
+    net = Side(names)
+    exported = torch.export.export(net, net.inputs()[:1], dynamic_shapes={"x": net.sizes(**limits)}, strict=strict)
+    assert not [node for node in exported.graph.nodes if "normplug" in str(node.target)]
+    saved = io.BytesIO()
+    torch.export.save(exported, saved)
+    saved.seek(0)
+    net.compare(torch.export.load(saved).module(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("names", "limits"), sides())
+def test_compiled_for_inputs_of_any_size(names, limits):
+    net = Side(names)
+    net.compare(torch.compile(net, dynamic=True, fullgraph=True, backend="aot_eager"))
+
+
+def test_a_trace_is_of_no_certain_size():
+    for names in (NORMS, *([name] for name in CONVOLUTIONS)):
+        net = Side(names)
+        net.compare(torch.jit.trace(net, net.inputs()[0]))
+
+
+def run_by_onnx(file):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return lambda x: map(torch.from_numpy, session.run(None, {given.name: x.numpy()}))
+
+
+# They warn of what they have been told, and of themselves
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.skipif(DEVICE != "cpu", reason="onnxruntime is that for CPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "trace"])
+@pytest.mark.parametrize(("names", "limits"), sides())
+def test_onnx(names, limits, dynamo, dtype, tmp_path):
+    if names is not NORMS and dtype == torch.float16:
+        pytest.skip("onnxruntime has no convolution of half precision on a CPU")
+    # Batch norm by the batch, in evaluation: the older exporter has no path for torch's own either.
+    net = Side([name for name in names if dynamo or name != "BNAct-by-batch"], dtype)
+    x, file = net.inputs()[0], str(tmp_path / "net.onnx")
+    if dynamo:
+        torch.onnx.export(net, (x,), file, dynamo=True, dynamic_shapes={"x": net.sizes(**limits)}, verbose=False)
+    else:
+        axes = {"x": [0, *range(2, x.ndim)]}
+        torch.onnx.export(net, (x,), file, dynamo=False, dynamic_axes=axes, input_names=["x"], opset_version=17)
+    tolerances = dict(atol=2e-5, rtol=1e-4) if dtype == torch.float32 else {}
+    net.compare(run_by_onnx(file), **tolerances)
+
+
+# --- quantization
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("behind", [(), (nn.ReLU(),)], ids=["", "relu"])
+@pytest.mark.parametrize("name", ["BNAct", "SyncBN", "CBN", "FrozenBatchNorm"])
+def test_a_batch_norm_is_fused_into_its_convolution(name, behind):
+    from torch.ao.quantization import fuse_modules, fuse_modules_qat
+
+    layer = NORMS[name]() if name != "CBN" else CrossIterationBatchNorm(C)
+    net = nn.Sequential(nn.Conv2d(C, C, 3), shaken(layer), *behind).to(DEVICE).eval()
+    fused = fuse_modules(net, [[str(i) for i in range(len(net))]])
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    assert_same(fused, net, inputs(layer)[0])
+    with pytest.raises(ValueError, match="no batch norm that torch can train in quantization"):
+        fuse_modules_qat(net.train() if name != "FrozenBatchNorm" else net, [["0", "1"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("BNAct-relu", "its activation 'relu'"), ("CBN", "its activation"), ("CBN-eps-outside", "its eps outside")],
+)
+def test_what_fusion_would_drop_is_refused(name, lost):
+    from torch.ao.quantization import fuse_modules
+
+    net = nn.Sequential(nn.Conv2d(C, C, 3), build(name)).eval()
+    with pytest.raises(ValueError, match=rf"cannot be fused into the convolution before it, which would drop {lost}"):
+        fuse_modules(net, [["0", "1"]])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@each_norm
+def test_graph_mode_quantization_leaves_the_layer_in_full_precision(name):
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    net = Net(build(name))
+    x, _ = inputs(net.layer)
+    prepared = prepare_fx(copy.deepcopy(net), get_default_qconfig_mapping(), (x,))
+    prepared(x)
+    got, want = convert_fx(prepared)(x), net(x)
+    assert (got - want).norm() < 0.1 * want.norm()
 
 
 # --- what looks at every attribute

@@ -298,6 +298,31 @@ def test_what_is_not_installed_is_not_found(monkeypatch):
         importlib.import_module("oldkit.part")
 
 
+@pytest.fixture
+def imgaug(tmp_path, monkeypatch):
+    """As imgaug 0.4 begins, and goes on."""
+    (tmp_path / "imgaug").mkdir()
+    (tmp_path / "imgaug" / "__init__.py").write_text("from imgaug.imgaug import kinds\n")
+    (tmp_path / "imgaug" / "imgaug.py").write_text("import numpy as np\n\nkinds = set(np.sctypes['float'])\n")
+    (tmp_path / "imgaug" / "augmenters.py").write_text("class Augmenter:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "imgaug"}
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "imgaug"]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def test_imgaug_is_imported_and_numpy_keeps_its_bool(imgaug):
+    kept, wrappers = np.bool, toolkit("mmaction.datasets.transforms.wrappers")
+    augmenters = importlib.import_module("imgaug.augmenters")
+    assert np.float32 in sys.modules["imgaug"].kinds
+    assert not hasattr(np, "sctypes")
+    augmenter = augmenters.Augmenter()
+    assert wrappers.ImgAug(augmenter).aug is augmenter
+    assert np.bool is kept is not bool
+
+
 @pytest.mark.slow
 def test_modules_that_were_imported_before_are_repaired():
     printed = python(

@@ -42,7 +42,16 @@ PRELOAD = {
 }
 SIDES = ("without", "with")
 # What a test asks of a toolkit and normplug does otherwise, on purpose.
-BY_DESIGN: dict[str, str] = {}
+BY_DESIGN = {
+    "tests/test_hooks/test_checkpoint_hook.py::TestCheckpointHook::test_before_train": (
+        "the path of the best checkpoint comes from a file, and what it names is deleted later: one outside of the "
+        "run's folder, or that is not there, is not believed"
+    ),
+    "tests/test_cnn/test_build_layers.py::test_build_norm_layer": (
+        "it wants an AssertionError where GN comes without num_groups: ours has 32 by default, as the paper, and says "
+        "that they do not divide 3 channels"
+    ),
+}
 GRAVITY = ("absent", "unfinished", "passed", "skipped", "xfailed", "xpassed", "failed", "error")
 
 
@@ -243,9 +252,11 @@ def _test(file: str, stream: TextIO) -> None:
     import pytest
 
     os.setsid()
-    pytest.main(["-p", "no:cacheprovider", "-q", "--tb=short", "--rootdir=.", file], plugins=[Outcomes(stream)])
+    # --tb=line, for others parse the source, in which Python 3.11 fails where an object's __del__ does at the same time
+    options = ["-p", "no:cacheprovider", "-q", "--tb=line", "--rootdir=."]
+    code = pytest.main([*options, file], plugins=[Outcomes(stream)])
     sys.stdout.flush()
-    os._exit(0)  # threads that tests have left running are nobody's fault
+    os._exit(code == pytest.ExitCode.INTERNAL_ERROR)  # threads that tests have left running are nobody's fault
 
 
 def import_side(side: str) -> None:
@@ -320,10 +331,21 @@ def read(lines: Path) -> Result:
 
 
 def compare(results: dict[str, Result]) -> list[Change]:
-    without, with_ = (results[side].outcomes for side in SIDES)
-    pairs = {test: (without.get(test, "absent"), with_.get(test, "absent")) for test in {**without, **with_}}
-    messages = results["without"].messages | results["with"].messages
-    return [Change(test, *pair, messages.get(test, "")) for test, pair in pairs.items() if pair[0] != pair[1]]
+    """Return the tests of which the outcomes differ.
+
+    Where both sides ran out of time, which tests they came to is a matter of chance: those that one has not ended are
+    left out.
+    """
+    without, with_ = (results[side] for side in SIDES)
+    slow = {file for file, end in without.ends.items() if with_.ends.get(file) == end == "timeout"}
+    messages = without.messages | with_.messages
+    changes = []
+    for test in {**without.outcomes, **with_.outcomes}:
+        pair = tuple(side.outcomes.get(test, "absent") for side in (without, with_))
+        by_time = test.partition("::")[0] in slow and {"absent", "timeout"} & {*pair}
+        if pair[0] != pair[1] and not by_time:
+            changes.append(Change(test, *pair, messages.get(test, "")))
+    return changes
 
 
 def show(name: str, results: dict[str, Result], changes: Sequence[Change], by_chance: Sequence[str]) -> None:

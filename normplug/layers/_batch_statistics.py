@@ -4,14 +4,16 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, check_has_statistics, checked
-from normplug.layers._symbolic import Proxy, chosen, node_of
-from normplug.ops._common import acc_dtype
-from normplug.ops._registration import UNCAPTURABLE, is_exporting
+from normplug.layers._quantization import let_fuse
+from normplug.layers._symbolic import chosen, node_of
+from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual
+from normplug.ops._registration import UNCAPTURABLE, is_exporting, is_recorded
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
@@ -146,9 +148,17 @@ def normalize_by_running(
         if eps_outside:  # (√var + eps)², in two parts: torch takes no eps of 0
             var, eps = torch.add(var, var.sqrt(), alpha=2 * eps), eps * eps
         return stock_batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-    var = var.to(wide)
+    mean, var = mean.to(wide), var.to(wide)
+    if is_recorded() and eps * eps > 0:  # what reads a graph, or counts its operations, knows torch's batch norm
+        check_act(act)
+        check_residual("batch_normalize", x, residual)
+        if eps_outside:
+            var, eps = var + 2 * eps * var.sqrt(), eps * eps
+        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+        z = F.batch_norm(x.to(wide), mean, var, weight, bias, False, 0.0, eps)
+        return add_and_activate(z, act, residual, x.dtype)
     rstd = 1 / (var.sqrt() + eps) if eps_outside else (var + eps).rsqrt()
-    return batch_normalize(x, mean.to(wide), rstd, weight, bias, act, residual)
+    return batch_normalize(x, mean, rstd, weight, bias, act, residual)
 
 
 class ConversionGuard(nn.Module):
@@ -158,9 +168,18 @@ class ConversionGuard(nn.Module):
     ``_BatchNorm`` by ``nn.SyncBatchNorm``. It copies an attribute ``qconfig`` if there is one: there it can be told no.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        let_fuse(cls)
+
     def lost_in_conversion(self) -> str:
         """Return what a stock layer would not do, or nothing if it would do the same."""
         raise NotImplementedError
+
+    def lost_in_fusion(self) -> str:
+        """Return what a convolution that takes the layer over in evaluation would not do, or nothing."""
+        act = getattr(self, "act", None)
+        return f"its activation {act!r}" if act else ""
 
     def refusal(self) -> str:
         """Return what to say to somebody who converts the layer all the same."""
@@ -185,6 +204,11 @@ class ConversionGuard(nn.Module):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         self.__dict__["_qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if self.__dict__.pop("_qconfig", self) is self:
+            raise AttributeError("qconfig")
 
 
 class LocalBatchNorm(ConversionGuard):
@@ -234,11 +258,9 @@ class LocalBatchNorm(ConversionGuard):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x, residual, act)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_features)
+        if (node := node_of(self, x, residual, act)) is not None:
+            return node
+        check_channels(self, x, self.num_features)
         act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
             args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps

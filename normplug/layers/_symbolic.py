@@ -2,23 +2,26 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 __all__ = ["Proxy", "chosen", "node_of"]
 
 
-def node_of(layer: nn.Module, x: Proxy, *others: Any) -> Proxy | None:
+def node_of(layer: nn.Module, x: Tensor | Proxy, *others: Any) -> Proxy | None:
     """Return the node of a call that torch.fx traces: the layer as a whole, as torch's own norms are.
 
     So it stays what it is in the graph, in training too, and whoever looks for norms there finds it. A layer that is
-    traced by itself cannot be named in its graph: None then, and what the layer calls becomes nodes.
+    traced by itself cannot be named in its graph: None then, and what the layer calls becomes nodes. A tensor has no
+    graph.
 
     Args:
         layer: What is called.
         x: Its input.
         others: Further arguments, in their order; those that are None at the end are left out.
     """
+    if not isinstance(x, Proxy):
+        return None
     args = [x, *others]
     while args[-1] is None:
         del args[-1]

@@ -18,7 +18,7 @@ from normplug.layers._batch_statistics import (
 )
 from normplug.layers._checks import check_channels, check_has_statistics, checked
 from normplug.layers._convolution_padding import gives_size, padding_of
-from normplug.layers._symbolic import Proxy, chosen, node_of
+from normplug.layers._symbolic import chosen, node_of
 from normplug.ops.batch_norm import batch_norm_act, batch_norm_stats, batch_normalize
 from normplug.ops.patch_statistics import filter_products, patch_statistics
 
@@ -211,11 +211,9 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x, residual, act)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_features)
+        if (node := node_of(self, x, residual, act)) is not None:
+            return node
+        check_channels(self, x, self.num_features)
         act = self.act if act is None else chosen(act, self.act)
         if not self.training and self.running_mean is not None:
             args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
@@ -365,6 +363,9 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             self._iteration = _Iteration()
         (trace.follow if mode else trace.leave)(self)
         return super().train(mode)
+
+    def lost_in_fusion(self) -> str:
+        return super().lost_in_fusion() or ("its eps outside of the root" if self.eps_mode == "outside" else "")
 
     def lost_in_conversion(self) -> str:
         # In evaluation it is a batch norm, and nothing is lost.

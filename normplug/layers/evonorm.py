@@ -8,7 +8,7 @@ from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import update_running, values_per_channel
 from normplug.layers._checks import check_channels, check_has_statistics, checked, has_single_values
 from normplug.layers._contained_activation import ContainedActivation
-from normplug.layers._symbolic import Proxy, node_of
+from normplug.layers._symbolic import node_of
 from normplug.ops._common import acc_dtype
 from normplug.ops.batch_norm import batch_normalize, is_exact_in_aten, stock_batch_norm
 from normplug.ops.evonorm_b0 import evonorm_b0
@@ -101,11 +101,9 @@ class EvoNormS0(_EvoNorm, nn.GroupNorm):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_channels, "num_channels")
+        if (node := node_of(self, x)) is not None:
+            return node
+        check_channels(self, x, self.num_channels, "num_channels")
         if not self.apply_act:
             return self._affine_only(x)
         if self.num_groups == self.num_channels and has_single_values(x):
@@ -210,11 +208,9 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_channels, "num_channels")
+        if (node := node_of(self, x)) is not None:
+            return node
+        check_channels(self, x, self.num_channels, "num_channels")
         if not self.apply_act:
             return self._affine_only(x)
         if not self.training:

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, checked, has_single_values
 from normplug.layers._contained_activation import ContainedActivation
-from normplug.layers._symbolic import Proxy, node_of
+from normplug.layers._symbolic import node_of
 from normplug.ops._common import acc_dtype
 from normplug.ops.filter_response_norm import filter_response_norm
 
@@ -90,11 +90,9 @@ class FilterResponseNorm(ContainedActivation, nn.GroupNorm):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_channels, "num_channels")
+        if (node := node_of(self, x)) is not None:
+            return node
+        check_channels(self, x, self.num_channels, "num_channels")
         eps = self.eps
         if self.eps_l is not None:
             eps = _learned(eps, self.eps_l, x)

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import ConversionGuard, normalize_by_running
 from normplug.layers._checks import check_channels, checked
-from normplug.layers._symbolic import Proxy, chosen, node_of
+from normplug.layers._symbolic import chosen, node_of
 
 __all__ = ["FrozenBatchNorm"]
 
@@ -72,11 +72,9 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x, residual, act)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_features)
+        if (node := node_of(self, x, residual, act)) is not None:
+            return node
+        check_channels(self, x, self.num_features)
         act = self.act if act is None else chosen(act, self.act)
         args = x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         return normalize_by_running(*args, act, residual)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normplug.layers import _scripted as scripted
 from normplug.layers._checks import check_channels, checked
-from normplug.layers._symbolic import Proxy, chosen, node_of
+from normplug.layers._symbolic import chosen, node_of
 from normplug.ops.group_norm import group_norm
 
 __all__ = ["GroupNorm"]
@@ -106,11 +106,9 @@ class GroupNorm(nn.GroupNorm):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x, residual, act)) is not None:
-                return node
-        else:
-            check_channels(self, x, self.num_channels, "num_channels")
+        if (node := node_of(self, x, residual, act)) is not None:
+            return node
+        check_channels(self, x, self.num_channels, "num_channels")
         act = self.act if act is None else chosen(act, self.act)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act, residual)
 

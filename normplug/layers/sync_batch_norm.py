@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normplug.layers import _scripted as scripted
 from normplug.layers._batch_statistics import LocalBatchNorm, update_running, values_per_channel
 from normplug.layers._checks import check_channels, check_has_statistics
-from normplug.layers._symbolic import Proxy, node_of
+from normplug.layers._symbolic import node_of
 from normplug.ops._common import dense, for_backward
 from normplug.ops.batch_norm import batch_norm_dx, batch_norm_reduce, batch_norm_stats, batch_normalize
 
@@ -106,7 +106,7 @@ class SyncBatchNorm(LocalBatchNorm, _BatchNorm):
             return self._forward(x, residual, act)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if isinstance(x, Proxy) and (node := node_of(self, x, residual, act)) is not None:
+        if (node := node_of(self, x, residual, act)) is not None:
             return node
         if self.training and world_size(self.process_group) > 1:
             return synchronized(self, x, residual, act or self.act)

@@ -78,10 +78,9 @@ class _WSConv(nn.Module):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            if (node := node_of(self, x)) is not None:
-                return node
-        else:
+        if (node := node_of(self, x)) is not None:
+            return node
+        if not isinstance(x, Proxy):
             check_tensor(type(self).__name__, x)
             if not in_torch():  # other strides of an axis of length 1 are an error in backward, on a CPU
                 x = with_plain_strides(x)

@@ -337,6 +337,7 @@ def _keeps_other_statistics(layer: nn.Module) -> bool:
 
 def _other_backbones_of_bn() -> tuple[type, ...]:
     return (
+        *imported("mmaction.models.backbones.resnet", "ResNet"),
         *imported("mmaction.models.backbones.x3d", "X3D"),
         *imported("mmaction.models.backbones.resnet_audio", "ResNetAudio"),
         *imported("mmaction.models.common.conv_audio", "ConvAudio"),

@@ -67,10 +67,14 @@ def stock_class(module: nn.Module) -> type:
     return getattr(module, "_stock_class", type(module))
 
 
-def derive(module: nn.Module, mixin: type) -> None:
-    """Give one module the methods of ``mixin``: the same object, parameters and names, a class derived from its."""
+def derive(module: nn.Module, mixin: type, outermost: bool = False) -> None:
+    """Give one module the methods of ``mixin``: the same object, parameters and names, a class derived from its.
+
+    Methods of mixins that it has already call those of ``mixin`` by ``super()``, or, ``outermost``, are called by them.
+    """
     if not isinstance(module, mixin):
-        module.__class__ = _derived((*getattr(module, "_mixins", ()), mixin), stock_class(module))
+        mixins = getattr(module, "_mixins", ())
+        module.__class__ = _derived((mixin, *mixins) if outermost else (*mixins, mixin), stock_class(module))
 
 
 class _Derived:

@@ -220,11 +220,12 @@ def _look_at_forward(module: nn.Module, path: str, ends: dict[nn.Module, nn.Modu
     one = _Seen(module, path)
     with _told_apart(module):
         try:
-            graphs = {method: watch(module, method) for method in ("forward", *_other_methods(module))}
+            ways = [(method, mode) for method in ("forward", *_other_methods(module)) for mode in _modes(module)]
+            graphs = [(method, watch(module, method, mode)) for method, mode in ways]
         except Exception as error:  # the toolkit's code, on stand-ins for tensors: it may raise anything
             one.error = error
             return one
-        for method, graph in graphs.items():
+        for method, graph in graphs:
             _read(graph, method, one, ends)
     return one
 
@@ -301,17 +302,31 @@ def _other_methods(module: nn.Module) -> tuple[str, ...]:
     return _methods_beside_forward(stock_class(module), frozenset(names))
 
 
+def _modes(module: nn.Module) -> tuple[bool, ...]:
+    """Return the modes that the forward of a module tells apart, or one of them."""
+    codes, reached = _reached_from_forward(stock_class(module))
+    apart = any("training" in code.co_names for name in reached - {"__init__"} for code in codes[name])
+    return (True, False) if apart else (True,)
+
+
 @functools.cache
 def _methods_beside_forward(cls: type, names: frozenset[str]) -> tuple[str, ...]:
+    codes, reached = _reached_from_forward(cls)
+    return tuple(
+        name for name in sorted(codes.keys() - reached) if any(names & set(_attributes(code)) for code in codes[name])
+    )
+
+
+@functools.cache
+def _reached_from_forward(cls: type) -> tuple[dict[str, list[CodeType]], set[str]]:
+    """Return the code of every method, and the names of those that forward mentions, or that such a one mentions."""
     codes = {name: list(_codes(cls, name)) for name in dir(cls)}
     reached, new = set(), {"forward", "__init__"}
     while new:
         reached |= new
         mentioned = {name for one in new for code in codes[one] for name in code.co_names}
         new = (mentioned & codes.keys()) - reached
-    return tuple(
-        name for name in sorted(codes.keys() - reached) if any(names & set(_attributes(code)) for code in codes[name])
-    )
+    return codes, reached
 
 
 def _codes(cls: type, name: str) -> Iterator[CodeType]:

@@ -4,12 +4,13 @@ Each of them gets a namespace of its own in the place of ``np``, or one function
 as they are, and so does every other module. It happens when the module is imported.
 """
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -43,8 +44,14 @@ def _trapz(y: Any, x: Any = None, dx: float = 1.0, axis: int = -1) -> Any:
     return np.trapezoid(y, x, dx, axis) if hasattr(np, "trapezoid") else np.trapz(y, x, dx, axis)
 
 
-# Gone since 1.24 (float), 2.0 (Inf, NAN) and 2.4 (in1d, trapz)
-_OLD_NAMES = {"Inf": np.inf, "NAN": np.nan, "float": float, "in1d": _in1d, "trapz": _trapz}
+# Gone since 1.24 (complex, float), 2.0 (Inf, NAN) and 2.4 (in1d, trapz)
+_OLD_NAMES = {"Inf": np.inf, "NAN": np.nan, "complex": complex, "float": float, "in1d": _in1d, "trapz": _trapz}
+# Gone since 2.0
+_SCTYPES = {
+    "float": [np.float16, np.float32, np.float64, np.longdouble],
+    "int": [np.int8, np.int16, np.int32, np.int64],
+    "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
+}
 
 
 def _old_numpy(module: ModuleType) -> None:
@@ -137,9 +144,12 @@ def _old_interpolate_within(module: ModuleType) -> None:
 # ---- when a module is imported
 
 _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
+    "imgaug.imgaug": _old_numpy,  # of mmaction2's ImgAug
+    "imgaug.parameters": _old_numpy,
     "lvis.eval": _old_numpy,  # of mmdet's LVIS metric
     "mmaction.datasets.transforms.pose_transforms": _old_numpy,
     "mmaction.datasets.transforms.processing": _signed_hue,
+    "mmaction.datasets.transforms.wrappers": _old_numpy,  # it says np.bool = bool, which is for its own numpy then
     "mmaction.evaluation.functional.accuracy": _old_numpy,
     "mmaction.evaluation.functional.ava_evaluation.metrics": _old_numpy,
     "mmaction.evaluation.functional.multisports_utils": _int_of_arrays,
@@ -156,6 +166,10 @@ _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
+# What is asked for while a module is imported, of numpy itself
+_MEANWHILE: dict[str, dict[str, Any]] = {"imgaug.imgaug": {"sctypes": _SCTYPES}}
+
+
 class _Repairing(importlib.abc.Loader):
     """Loads a module as another loader does, and repairs it."""
 
@@ -167,8 +181,22 @@ class _Repairing(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # who asks for the source asks it
-        self._loader.exec_module(module)
+        with _in_numpy(_MEANWHILE.get(module.__name__, {})):
+            self._loader.exec_module(module)
         _REPAIRS[module.__name__](module)
+
+
+@contextlib.contextmanager
+def _in_numpy(names: dict[str, Any]) -> Iterator[None]:
+    """Have names in numpy that it lacks."""
+    absent = {name: value for name, value in names.items() if not hasattr(np, name)}
+    for name, value in absent.items():
+        setattr(np, name, value)
+    try:
+        yield
+    finally:
+        for name in absent:
+            delattr(np, name)
 
 
 class _RepairFinder(importlib.abc.MetaPathFinder):

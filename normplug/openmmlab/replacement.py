@@ -197,7 +197,7 @@ def _remember(model: nn.Module, done: list[_Exchange]) -> None:
         vars(model).setdefault("_exchanged", []).extend(done)
         derive(model, LoadsOldNorms)
         if hasattr(model, "init_weights"):
-            derive(model, InitializesOldNorms)
+            derive(model, InitializesOldNorms, outermost=True)  # others look at the norms that are there
 
 
 def _choose(model: nn.Module, where: str | Sequence[str] | None) -> tuple[dict[str, nn.Module], Counter]:

@@ -180,6 +180,8 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
         """Delete the best checkpoint until now when there is a better one on the disk, and not before."""
+        if not self.save_best:
+            return  # before_train, which looks for the backend, is not called where a run only evaluates
         info, backend = runner.message_hub.runtime_info, self.file_backend
         before = dict(info)
         paths = getattr(self, "best_ckpt_path", None), dict(getattr(self, "best_ckpt_path_dict", {}))

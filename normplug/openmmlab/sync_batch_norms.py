@@ -3,8 +3,8 @@
 ``norm_cfg=dict(type='SyncBN')`` is ours everywhere. There are others: ``use_syncbn=True``, RTMDet's default;
 ``sync_bn`` in a config; ``convert_sync_batchnorm`` of torch and of mmengine; an ``nn.SyncBatchNorm`` that somebody has
 built. They lead to torch's layer, which runs on accelerators only, and which DistributedDataParallel refuses without
-one. mmcv's own,
-``MMSyncBN``, needs its compiled ops and a process group already when it is built: that name stands for ours.
+one. mmcv's own, ``MMSyncBN``, needs its compiled ops and a process group already when it is built: that name stands for
+ours.
 """
 
 import functools

@@ -19,7 +19,7 @@ __all__ = ["watch"]
 MANY = 64
 
 
-def watch(module: nn.Module, method: str = "forward") -> fx.Graph:
+def watch(module: nn.Module, method: str = "forward", training: bool = True) -> fx.Graph:
     """Return the graph of what a method of a module's class does to the tensors, or lists of tensors, that it is given.
 
     Arguments with a default keep it. Where the code would checkpoint itself, it does not. What it sets on ``module``
@@ -28,6 +28,7 @@ def watch(module: nn.Module, method: str = "forward") -> fx.Graph:
     Args:
         module: The module. A class that ``derive`` made counts as the one that it was made from.
         method: Name of the method.
+        training: The mode in which it runs.
 
     Raises:
         Exception: Whatever the code raises on stand-ins: torch.fx.proxy.TraceError where what it does depends on values
@@ -37,7 +38,7 @@ def watch(module: nn.Module, method: str = "forward") -> fx.Graph:
     parameters = inspect.signature(getattr(stock, method)).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     attributes, buffers = dict(vars(module)), dict(module._buffers)
-    module.__class__ = stock
+    module.__class__, module.training = stock, training
     try:
         try:
             return _OfOneModule(module, method).trace(module, defaults)

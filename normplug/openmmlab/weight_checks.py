@@ -206,11 +206,12 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
             print_log(f"normplug: {remark}", "current", logging.WARNING)
         check_fit(model, state_dict, where)
         missing: list[str] = []
-        handle = model.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
+        hooks = model._load_state_dict_post_hooks  # mmengine calls what is in it, and some put a plain dict there
+        hooks[load_checked] = lambda _, keys: missing.extend(keys.missing_keys)
         try:
             result = load(module, state_dict, *args, **kwargs)
         finally:
-            handle.remove()
+            del hooks[load_checked]
         reshaped = _reshaped(model, state_dict)
         if why and (left := "; ".join(filter(None, [_absent(model, missing), reshaped]))):
             raise CheckpointError(f"{where} is not of this model: {left}. {why}")

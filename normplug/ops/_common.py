@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normplug.ops._registration import is_exporting
-
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
@@ -26,7 +24,6 @@ __all__ = [
     "check_tensor",
     "dense",
     "for_backward",
-    "is_recorded",
     "per_channel",
     "recalled_bias",
     "recalled_residual",
@@ -125,11 +122,6 @@ def check_groups(name: str, x: Tensor, num_groups: int) -> None:
             f"{name} cannot split C={x.shape[1]} channels into num_groups={num_groups} equal groups. "
             f"Use a number of groups that divides {x.shape[1]}."
         )
-
-
-def is_recorded() -> bool:
-    """Tell whether torch.jit traces or torch.export exports what is called."""
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and is_exporting())
 
 
 class _Wide(dict):

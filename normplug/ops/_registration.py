@@ -25,6 +25,7 @@ __all__ = [
     "has_triton",
     "in_torch",
     "is_exporting",
+    "is_recorded",
     "pull_back",
     "register_gradient",
     "use_kernel",
@@ -50,15 +51,18 @@ Op = torch._ops.OpOverload
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
+def is_recorded() -> bool:
+    """Tell whether torch.jit traces or torch.export exports what is called."""
+    return is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
+
+
 def in_torch() -> bool:
     """Tell whether a call shall go to an op's formula, in torch's operations, and not to the op.
 
     That is so for whoever has rules for the former only: ``torch.func`` (jvp, vmap, gradients of gradients), forward
-    mode, and what is exported or traced for others to run, who have no op of ours.
+    mode, and what is recorded for others to run, who have no op of ours.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_recorded()
 
 
 def define(

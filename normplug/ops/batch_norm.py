@@ -23,12 +23,11 @@ from normplug.ops._common import (
     dense,
     for_backward,
     is_channels_last,
-    is_recorded,
     per_channel,
     recalled_residual,
     with_plain_strides,
 )
-from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
+from normplug.ops._registration import define, differentiable, in_torch, is_recorded, use_kernel, without_gradient
 
 __all__ = [
     "batch_norm_act",

@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
 from normplug.ops._common import acc_dtype, affine, as_parameter, check_parameters, dense, per_channel, recalled_bias
+from normplug.ops._counting import is_counted
 from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["evonorm_b0"]
@@ -49,7 +50,8 @@ def evonorm_b0(
         return handle_torch_function(evonorm_b0, (x,), x, weight, bias, v, batch_var, eps)
     check_parameters("evonorm_b0", x, weight=weight, bias=bias, v=v, batch_var=batch_var)
     if in_torch():
-        y, var = formula(x, weight, bias, v, batch_var, eps)
+        args = x, weight, bias, v, batch_var, eps
+        y, *_, var = _op(*args) if is_counted(_op, weight=1) else formula(*args)
     else:
         y, _, _, var = _call(dense(x), weight, bias, v, batch_var, eps)
     return y, var.detach()

@@ -17,6 +17,7 @@ from normplug.ops._common import (
     per_channel,
     recalled_bias,
 )
+from normplug.ops._counting import is_counted
 from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["evonorm_s0"]
@@ -59,7 +60,8 @@ def evonorm_s0(
     check_parameters("evonorm_s0", x, weight=weight, bias=bias, v=v)
     check_groups("evonorm_s0", x, num_groups)
     if in_torch():
-        return formula(x, num_groups, weight, bias, v, eps)
+        args = x, num_groups, weight, bias, v, eps
+        return _op(*args)[0] if is_counted(_op, weight=2) else formula(*args)
     return _call(dense(x), num_groups, weight, bias, v, eps)
 
 
@@ -68,7 +70,7 @@ def formula(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | No
     t = x.to(acc_dtype(x))
     by_group = t.unflatten(1, (num_groups, -1))
     rest = tuple(range(2, by_group.ndim))
-    size = math.prod(by_group.shape[2:])
+    size = x.shape[1] // num_groups * math.prod(x.shape[2:])  # those of by_group are constants to an ONNX exporter
     centred = by_group - by_group.sum(rest, keepdim=True) / size
     var = centred.square().sum(rest, keepdim=True) / size
     z = (t * torch.sigmoid(per_channel(v.to(t.dtype), x) * t)).unflatten(1, (num_groups, -1))

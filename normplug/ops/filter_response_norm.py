@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from normplug.ops._blocks import blocks, planes
 from normplug.ops._common import acc_dtype, affine, check_parameters, dense, per_channel
+from normplug.ops._counting import is_counted
 from normplug.ops._registration import define, differentiable, in_torch, use_kernel, without_gradient
 
 __all__ = ["filter_response_norm"]
@@ -46,6 +47,8 @@ def filter_response_norm(
     if tau is None:
         tau = weight.new_full(weight.shape, float("-inf"))
     # A learned eps too: it is learned where maps are tiny, and no pass over them is worth saving.
+    if in_torch() and is_counted(_op, weight=1):  # what comes out is not looked at: any eps will do
+        return _op(x, weight, bias, tau, 1.0)[0]
     if in_torch() or isinstance(eps, Tensor):
         return formula(x, weight, bias, tau, eps)
     return _call(dense(x), weight, bias, tau, eps)
