@@ -91,6 +91,19 @@ def test_batch_norm_act(act, with_residual, affine, layout):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("under", ["eager", "functorch"])
+def test_variance_with_bessels_correction(under):
+    x = torch.randn(3, 4, 5, 2, device=DEVICE)
+
+    def go(x):
+        return batch_norm_act(x, act="relu", correction=1)
+
+    y, _, var = go(x) if under == "eager" else torch.func.jvp(go, (x,), (x,))[0]
+    torch.testing.assert_close(var, x.var((0, 2, 3)))
+    torch.testing.assert_close(y, batch_norm_act(x, act="relu")[0])
+    assert not batch_norm_act(x[:1, :, :1, :1], correction=1)[2].any()
+
+
 @each_act
 @with_and_without_residual
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 5), (2, 4, 3, 5), (2, 4, 2, 3, 3)], ids=str)

@@ -56,20 +56,22 @@ def meta(shape, channels_last=False):
 LARGE, SMALL = (2, 256, 200, 336), (2, 256, 14, 14)
 # norm, shape, channels-last -> kernels started forward and backward, tensors allocated
 COSTS = {
-    ("group_norm", LARGE, False): (2, 2, 4, 5),
-    ("group_norm", LARGE, True): (3, 3, 4, 7),
+    ("group_norm", LARGE, False): (2, 2, 4, 7),
+    ("group_norm", LARGE, True): (2, 2, 4, 7),
     ("group_norm", SMALL, False): (1, 2, 3, 5),
-    ("evonorm_s0", LARGE, False): (2, 2, 4, 5),
-    ("filter_response_norm", LARGE, False): (2, 2, 3, 5),
-    ("batch_norm", LARGE, False): (2, 2, 5, 5),
-    ("batch_norm", LARGE, True): (3, 3, 5, 7),
+    ("evonorm_s0", LARGE, False): (2, 2, 4, 6),
+    ("filter_response_norm", LARGE, False): (2, 2, 3, 6),
+    ("batch_norm", LARGE, False): (2, 2, 5, 7),
+    ("batch_norm", LARGE, True): (2, 2, 5, 7),
 }
 
 
 @pytest.mark.parametrize(("norm", "shape", "channels_last"), COSTS)
-def test_launches_and_allocations(norm, shape, channels_last):
+def test_launches_and_allocations(norm, shape, channels_last, monkeypatch):
     """Each is host time: about a microsecond for a kernel or a tensor; views and casts, of which none is left, too."""
     module = importlib.import_module(f"normplug.kernels.{norm}")
+    counters = torch.zeros(9, dtype=torch.int32, device="meta")  # on a GPU they are kept
+    monkeypatch.setattr(importlib.import_module("normplug.kernels._groups"), "gates", lambda *_: counters)
     x, w = meta(shape, channels_last), torch.empty(shape[1], device="meta")
     given = {
         "group_norm": (32, w, w, 1e-5, "relu", None),
@@ -104,8 +106,8 @@ def test_kernels_and_bytes_of_a_model_on_paper():
     for model, number in ("Mask R-CNN", 69), ("I3D", 53):
         contiguous, channels_last = (rows[model, layout] for layout in ("contiguous", "channels-last"))
         assert contiguous["layers"] == channels_last["layers"] == number
-        # 1 + 2 where a group fits into a program, else 2 + 2, or 3 + 3 where channels are innermost
-        assert 3 * number < contiguous["kernels"] <= 4 * number < channels_last["kernels"] <= 6 * number
+        for row in contiguous, channels_last:  # 1 + 2 where a group fits into a program, else 2 + 2
+            assert 3 * number < row["kernels"] < 4 * number
         assert contiguous["least"] == channels_last["least"]
         assert contiguous["least"] < contiguous["bytes"] <= 8 / 5 * contiguous["least"]
     # the stem alone: 2 x 64 x 400 x 672 values of 2 bytes, five times; by passes eight times
@@ -210,7 +212,7 @@ host.CASES = host.CASES[:2]
 print(json.dumps([asdict(t) for t in host.measure(rounds=2, calls=5)]))
 """
     rows = run(code)
-    assert [row["launches"] for row in rows] == [4, 3, 6, 3]
+    assert [row["launches"] for row in rows] == [4, 3, 4, 3]
     assert all(row["ours"] > 0 < row["torch"] for row in rows)
     assert len(host.markdown({"rows": rows}).splitlines()) == 2 + len(rows) + 2
 

@@ -238,7 +238,7 @@ def test_teams_do_one_group_after_the_other(norm, dtype, act, residual, groups, 
     monkeypatch.setattr(_launch, "resident", lambda _device: 10)
     started = []
     monkeypatch.setattr(
-        _teams, "gates", lambda device, *_: started.append(torch.zeros(10).int().to(device)) or started[-1]
+        _teams, "gates", lambda x, *_: started.append(torch.zeros(10).int().to(x.device)) or started[-1]
     )
     compare(norm, *tensors((3, 8, 7, 19), dtype, channels_last, has_residual=residual), act, groups, scale=2)
     narrow = channels_last and norm == "filter_response_norm"  # 4 bytes per position: left to the passes

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normplug import layers
-from normplug.layers._batch_statistics import recomputing
+from normplug.layers._batch_statistics import recomputing, update_running
 from normplug.registry import MODELS
 
 C = 6
@@ -259,3 +259,18 @@ def test_torch_is_never_given_an_eps_that_some_version_refuses(layer, kwargs, tr
     divisor = var.sqrt() + eps if kwargs else (var + eps).sqrt()
     want = (z - mean.view(-1, 1, 1)) / divisor.view(-1, 1, 1)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1])
+def test_one_kernel_moves_mean_and_variance_on_a_gpu(momentum, monkeypatch):
+    plain, together = (layers.BatchNormAct(C, momentum=momentum, act="relu") for _ in range(2))
+    calls, foreach = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: calls.append(len(args[0])) or foreach(*args))
+    mean, var = torch.randn(C), torch.rand(C)
+    with torch.no_grad():
+        update_running(plain, mean, var)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        update_running(together, mean, var)
+    assert calls == [2]
+    for a, b in zip(plain.buffers(), together.buffers(), strict=True):
+        assert torch.equal(a, b)

@@ -176,9 +176,10 @@ report() {
 }
 
 tested() { # NAME SHARE ARGUMENTS...: tests by pytest, a line per test so that nothing is lost
-    # TF32 has 10 bits: the formulas in float64 would call cuDNN's convolutions wrong.
-    NVIDIA_TF32_OVERRIDE=0 part "$1" "$stage.txt" "$2" "$python" -m pytest -p no:cacheprovider -v --tb=short -rfE \
-        "${workers[@]}" "${@:3}"
+    # TF32 has 10 bits: the formulas in float64 would call cuDNN's convolutions wrong. Of pytest's plugins those that are
+    # named: another one that is installed (pytest-benchmark) warns that it does not go with workers, which is an error.
+    NVIDIA_TF32_OVERRIDE=0 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 part "$1" "$stage.txt" "$2" \
+        "$python" -m pytest -p no:cacheprovider -v --tb=short -rfE "${workers[@]}" "${@:3}"
 }
 
 bench() { # NAME SHARE ARGUMENTS...
@@ -196,7 +197,7 @@ norms=(group_norm_relu group_norm_add_relu evonorm_s0 batch_norm_relu)
 # Needs a GPU's memory, or all cores for the compilation of 976 kernels that no GPU is needed for.
 large="more_than_2_to_the_31 or compile_without_spills"
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
+"$python" -c 'import xdist' 2>/dev/null && workers=(-p xdist -n 12)
 
 for stage in "${stages[@]}"; do
     [ -z "$stopped" ] || break

@@ -14,4 +14,7 @@ _base_ = [
     "../_base_/coco_runtime_by-iteration.py",
 ]
 model = {{_base_.recipe_model}}
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={".bias": dict(lr_mult=2.0, decay_mult=0.0)}))
+optim_wrapper = dict(
+    constructor="MergedOptimWrapperConstructor",
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={".bias": dict(lr_mult=2.0, decay_mult=0.0)}),
+)

@@ -24,5 +24,10 @@ _base_ = [
     "../_base_/normplug.py",
 ]
 train_dataloader = dict(dataset=dict(pipeline={{_base_.clips32_train}}))
-optim_wrapper = dict(optimizer=dict(nesterov=True), paramwise_cfg=dict(norm_decay_mult=0.0), clip_grad=None)
+optim_wrapper = dict(
+    optimizer=dict(nesterov=True),
+    constructor="MergedOptimWrapperConstructor",
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=None,
+)
 custom_hooks = [dict(type="PreciseBNHook", num_batches=200)]

@@ -13,4 +13,4 @@ model = dict(
     data_preprocessor=dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
     backbone=dict(style="caffe", init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://detectron2/resnet50_caffe")),
 )
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
+optim_wrapper = dict(constructor="MergedOptimWrapperConstructor", paramwise_cfg=dict(norm_decay_mult=0.0))

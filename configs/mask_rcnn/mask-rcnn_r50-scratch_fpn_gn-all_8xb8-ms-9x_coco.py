@@ -9,4 +9,4 @@ _base_ = [
     "../_base_/coco_runtime_by-iteration.py",
 ]
 model = dict(data_preprocessor=dict(mean=[103.53, 116.28, 123.675], std=[57.375, 57.12, 58.395], bgr_to_rgb=False))
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
+optim_wrapper = dict(constructor="MergedOptimWrapperConstructor", paramwise_cfg=dict(norm_decay_mult=0.0))

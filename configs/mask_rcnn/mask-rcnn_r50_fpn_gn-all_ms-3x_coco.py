@@ -8,4 +8,4 @@ _base_ = [
     "../_base_/schedules/detectron2-3x.py",
     "../_base_/coco_runtime_by-iteration.py",
 ]
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
+optim_wrapper = dict(constructor="MergedOptimWrapperConstructor", paramwise_cfg=dict(norm_decay_mult=0.0))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normplug.kernels._groups import is_channels_last
-from normplug.kernels._launch import Step, dtypes_of, like, planned, stream_of, vector
+from normplug.kernels._launch import Step, dtypes_of, gates, like, planned, stream_of, vector
 from normplug.kernels._passes import Parts, Pass, Statistics, apply_step, gradient_step, sums_step
 from normplug.kernels._tiles import Channels, Formula
 
@@ -14,21 +14,20 @@ __all__ = ["apply", "gradient", "statistics", "sums"]
 @planned
 def _statistics(
     shape: torch.Size, stride: tuple[int, ...], _dtype: torch.dtype, device: int, per_sample: bool
-) -> tuple[Step, Step, int]:
+) -> tuple[Step, int, int]:
     plan = Statistics.of(shape, is_channels_last(shape, stride), shape[1], per_sample, device)
-    return plan.partial(), plan.join(0.0), plan.workspace
+    return plan.step(0.0), plan.workspace, plan.gathering.gates
 
 
 def statistics(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     """Return mean and sum of squared deviations of channels: (N, C), or over all samples (C,)."""
-    first, join, workspace = _statistics(x.shape, x.stride(), x.dtype, x.get_device(), per_sample)
+    step, workspace, number = _statistics(x.shape, x.stride(), x.dtype, x.get_device(), per_sample)
     stream = stream_of(x.get_device())
     x = like(x, x)
     parts = x.new_empty(workspace, dtype=torch.float32)
     mean = x.new_empty(x.shape[: 1 + per_sample] if per_sample else x.shape[1], dtype=torch.float32)
     m2 = torch.empty_like(mean)
-    first(stream, x, parts)
-    join(stream, parts, mean, None, m2)
+    step(stream, x, parts, mean, None, m2, gates(x, stream, number))
     return mean, m2
 
 
@@ -38,7 +37,7 @@ def _apply(
     per_sample: bool, act: str | None, _given: tuple[torch.dtype | None, ...],
 ) -> Step:  # fmt: skip
     given = Pass.over(shape, is_channels_last(shape, stride), groups, per_sample)
-    return apply_step(formula, given, None, 0.0, act, device)
+    return apply_step(formula, given, act, device)
 
 
 def apply(formula: Formula, x: Tensor, given: Channels, act: str | None, residual: Tensor | None) -> Tensor:
@@ -52,7 +51,7 @@ def apply(formula: Formula, x: Tensor, given: Channels, act: str | None, residua
         formula, x.shape, x.stride(), x.dtype, device, given.groups, given.per_sample, act, dtypes_of(*given, residual)
     )
     residual = None if residual is None else like(residual, y)
-    step(stream_of(device), like(x, y), y, residual, None, *given[:2], None, *given[2:])
+    step(stream_of(device), like(x, y), y, residual, *given)
     return y
 
 
@@ -77,7 +76,7 @@ def sums(
     )
     out = x.new_empty(formula.sums, parts.number, x.shape[1], dtype=torch.float32)
     residual = None if residual is None else like(residual, x)
-    step(stream_of(device), like(dy, x), like(x, x), residual, *given, out)
+    step(stream_of(device), like(dy, x), like(x, x), residual, *given, out, None, None, None)
     return out, parts.splits
 
 
@@ -87,7 +86,7 @@ def _gradient(
     per_sample: bool, act: str | None, _given: tuple[torch.dtype | None, ...],
 ) -> Step:  # fmt: skip
     given = Pass.over(shape, is_channels_last(shape, stride), groups, per_sample)
-    return gradient_step(formula, given, None, 1, act, device)
+    return gradient_step(formula, given, act, device)
 
 
 def gradient(

@@ -4,7 +4,6 @@ Where a group fits into a program it is normalized in one pass, elsewhere by the
 shape: what follows in later calls is a lookup, the memory for results, and the kernels.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,16 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from normplug.kernels._activations import as_constant
-from normplug.kernels._launch import Layout, Step, dtypes_of, fits_on_chip, like, planned, stream_of, vector
+from normplug.kernels._launch import Layout, Step, dtypes_of, fits_on_chip, gates, like, planned, stream_of, vector
 from normplug.kernels._passes import (
-    FOLDED,
+    Gathering,
     Parts,
     Pass,
     Statistics,
+    add_step,
     apply_step,
     gradient_step,
     sums_step,
-    totals_step,
 )
 from normplug.kernels._teams import Team, TeamStep, backward_step, forward_step
 from normplug.kernels._tiles import (
@@ -140,14 +139,14 @@ def _group_backward(
 
 
 class _Forward(NamedTuple):
-    """What ``forward`` does: one kernel (whole or team), or first, join (unless apply does it) and apply."""
+    """What ``forward`` does: one kernel (whole or team), or two, statistics and apply."""
 
     whole: Step | None = None
     team: TeamStep | None = None
-    first: Step | None = None
-    join: Step | None = None
+    statistics: Step | None = None
     apply: Step | None = None
     workspace: int = 0
+    gates: int = 0
     shape: tuple[int, ...] = ()  # of the statistics
 
 
@@ -168,13 +167,11 @@ def _forward(
     if per_sample and (team := _team(shape, channels_last, dtype, groups, 1, device)):
         return _Forward(team=forward_step(formula, team, eps, act), workspace=team.exchanged, shape=of_groups)
     statistics = Statistics.of(shape, channels_last, groups, per_sample, device)
-    folded = None if channels_last else statistics
-    given = Pass.over(shape, channels_last, groups, per_sample)
     return _Forward(
-        first=statistics.partial(),
-        join=None if folded else statistics.join(eps, formula.has_mean),
-        apply=apply_step(formula, given, folded, eps, act, device),
+        statistics=statistics.step(eps, formula.has_mean),
+        apply=apply_step(formula, Pass.over(shape, channels_last, groups, per_sample), act, device),
         workspace=statistics.workspace,
+        gates=statistics.gathering.gates,
         shape=of_groups,
     )
 
@@ -243,30 +240,25 @@ def forward(
     if plan.whole is not None:
         plan.whole(stream, x, y, residual, mean, rstd, weight, bias, v)
         return y, mean, rstd, m2
-    parts: Tensor | None = x.new_empty(plan.workspace, dtype=torch.float32)
+    parts = x.new_empty(plan.workspace, dtype=torch.float32)
     if plan.team is not None:
         plan.team(stream, x, y, residual, mean, rstd, weight, bias, v, parts)
         return y, mean, rstd, m2
-    plan.first(stream, x, parts)
-    if plan.join is not None:
-        plan.join(stream, parts, mean, rstd, m2)
-        parts = None
-    plan.apply(stream, x, y, residual, parts, mean, rstd, m2, weight, bias, v, None)
+    plan.statistics(stream, x, parts, mean, rstd, m2, gates(x, stream, plan.gates))
+    plan.apply(stream, x, y, residual, mean, rstd, weight, bias, v, None)
     return y, mean, rstd, m2
 
 
 class _Backward(NamedTuple):
-    """What ``backward`` does: one kernel for dx (whole or team), or sums and gradient, and totals as planned.
-
-    ``totals`` is None where the gradient needs none: there it also sums the gradients of parameters up.
-    """
+    """What ``backward`` does: one kernel for dx (whole or team) and add, or two, sums and gradient."""
 
     whole: Step | None = None
     team: TeamStep | None = None
+    add: Step | None = None
     sums: Step | None = None
-    totals: Step | None = None
     gradient: Step | None = None
     workspace: int = 0
+    gates: int = 0
 
 
 @planned
@@ -282,27 +274,22 @@ def _backward(
         constants = {"GRADS": formula.grads, "SUMS": formula.sums, "ACT": act, "CENTRED": formula.centred}
         constants |= {"GROUP_VEC": group_vec, **tile_constants(at, block)}
         whole = Step(_group_backward, n * groups, [*sizes, n * c, slope], constants, _warps(block))
-        totals = totals_step(formula, c, groups, Parts(n, 1, 1, 1), sizes[-1], terms=0)
-        return _Backward(whole, totals=totals, workspace=formula.sums * n * c)
+        return _Backward(whole, add=add_step(c, n), workspace=formula.sums * n * c)
     if per_sample and (team := _team(shape, channels_last, dtype, groups, 2, device)):
         rows = n * team.members
         return _Backward(
             team=backward_step(formula, team, act),
-            totals=totals_step(formula, c, groups, Parts(rows, team.members, 1, 1), team.values, terms=0),
+            add=add_step(c, rows),
             workspace=formula.sums * rows * c + team.exchanged,
         )
     given = Pass.over(shape, channels_last, groups, per_sample, formula.sums)
-    parts = Parts.of(given.at, given.tiles, given.batches, device, given.group_size)
-    values = given.group_size * math.prod(shape[2:]) * (1 if per_sample else n)
-    folds = not channels_last and parts.splits * given.group_size <= FOLDED
-    totals = None if folds else totals_step(formula, c, groups, parts, values, given.batches * groups)
+    parts = Parts.of(given.at, given.tiles, given.batches, device)
+    terms = Gathering.of(given.at, given.tiles, given.batches, given.group_size)
     return _Backward(
-        sums=sums_step(formula, given, parts, act),
-        totals=totals,
-        gradient=gradient_step(
-            formula, Pass.over(shape, channels_last, groups, per_sample), parts if folds else None, values, act, device
-        ),
+        sums=sums_step(formula, given, parts, act, terms),
+        gradient=gradient_step(formula, Pass.over(shape, channels_last, groups, per_sample), act, device, parts.number),
         workspace=formula.sums * parts.number * c,
+        gates=terms.gates,
     )
 
 
@@ -329,18 +316,14 @@ def backward(
     if residual is not None:
         residual = like(residual, dx)
     stream = stream_of(device)
-    parts: Tensor | None = x.new_empty(plan.workspace, dtype=torch.float32)
+    parts = x.new_empty(plan.workspace, dtype=torch.float32)
     if (whole := plan.whole or plan.team) is not None:
         whole(stream, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz)
-        plan.totals(stream, parts, weight, rstd, None, None, dbias, dweight, dv)
-        return dx, dbias, dweight, dv, none
-    plan.sums(stream, dy, x, residual, mean, rstd, weight, bias, v, None, parts)
-    per_channel = mean, rstd, weight, bias, v, None
-    if plan.totals is None:
-        plan.gradient(stream, dy, x, residual, *per_channel, None, None, parts, dx, dz, dbias, dweight, dv)
+        plan.add(stream, parts, dbias, dweight, dv)
         return dx, dbias, dweight, dv, none
     t1 = torch.empty_like(rstd) if formula.centred else None
     t2 = torch.empty_like(rstd)
-    plan.totals(stream, parts, weight, rstd, t1, t2, dbias, dweight, dv)
-    plan.gradient(stream, dy, x, residual, *per_channel, t1, t2, None, dx, dz, None, None, None)
+    given = mean, rstd, weight, bias, v, None
+    plan.sums(stream, dy, x, residual, *given, parts, t1, t2, gates(x, stream, plan.gates))
+    plan.gradient(stream, dy, x, residual, *given, t1, t2, parts, dx, dz, dbias, dweight, dv)
     return dx, dbias, dweight, dv, none

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 __all__ = [
-    "COOPERATIVE", "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "like",
+    "COOPERATIVE", "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "gates", "like",
     "multiprocessors", "options_of", "planned", "resident", "run", "split", "stream_of", "tiling", "vector",
 ]  # fmt: skip
 
@@ -18,10 +18,11 @@ Plan = TypeVar("Plan")
 
 # Values per tile and program: with 4 warps 16 a thread, two 128-bit loads of a half type or four of float32.
 TILE = 2048
-# The shortest row of a tile: shorter ones leave lanes of a warp idle.
-SHORTEST = 32
-# Programs per multiprocessor that keep enough loads in flight to saturate the memory of an H200 (see docs/kernels.md).
-PROGRAMS_PER_SM = 8
+# The shortest row of a tile: shorter ones leave lanes of a warp idle. And the longest one of channels: sums over wider
+# tiles of fewer rows spend their time in shared memory, in each program's exchange between its warps.
+SHORTEST, WIDEST = 32, 64
+# Programs per multiprocessor among which the sums of a first pass are shared: with more of them there is more to join.
+PROGRAMS_PER_SM = 4
 # Values that one program of 16 warps holds in registers without spilling.
 ON_CHIP = 16384
 # Whether larger groups are normalized in one pass by teams of programs (_teams.py). Off until a GPU has shown it:
@@ -92,12 +93,12 @@ def tiling(at: Layout, sums: int = 0) -> Tiling:
     """Choose the tile: rows as long as possible, unless a shorter one leaves fewer lanes without a value.
 
     Where positions are innermost their number changes from batch to batch, and every shape of a tile is one more kernel
-    to compile: there are two, of one row and of 16. A program that keeps more than three running sums of every lane
-    takes tiles of half the size.
+    to compile: there are two, of one row and of 16. A program that keeps more than three running sums of every lane, or
+    an address of every value, takes tiles of half the size.
     """
-    size = TILE if sums <= 3 else TILE // 2
+    size = TILE if sums <= 3 and at.vec > 1 else TILE // 2
     if at.channels_last:  # several positions per tile: what is loaded per channel serves all of them
-        longest = max(SHORTEST, min(size, 256, triton.next_power_of_2(at.inner)))
+        longest = max(SHORTEST, min(size, WIDEST, triton.next_power_of_2(at.inner)))
         sizes = [longest >> i for i in range(longest.bit_length()) if longest >> i >= SHORTEST]
     else:
         sizes = [size >> i for i in (0, 4) if size >> i >= SHORTEST] or [size]
@@ -109,10 +110,10 @@ def tiling(at: Layout, sums: int = 0) -> Tiling:
     return Tiling(block_outer, block_inner, *((inner, outer) if at.channels_last else (outer, inner)))
 
 
-def split(programs: int, tiles: int, device: int, most: int) -> int:
+def split(programs: int, tiles: int, device: int) -> int:
     """Return into how many programs, at most, to cut a sum over tiles: ``programs`` such sums shall fill the device."""
     wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(device), max(programs, 1))
-    return max(1, min(wanted, tiles, most))
+    return max(1, min(wanted, tiles))
 
 
 @functools.cache
@@ -235,6 +236,27 @@ def options_of(warps: int, constants: dict[str, Any]) -> dict[str, Any]:
     if constants.get("PHASE") != COOPERATIVE:
         return {"num_warps": warps}
     return {"num_warps": warps, "maxnreg": TEAM_REGISTERS, "launch_cooperative_grid": True}
+
+
+# Counters at which programs meet, of each device and stream.
+GATES = 1 << 14
+_gates: dict[tuple[int, int], Tensor] = {}
+
+
+def gates(x: Tensor, stream: int, number: int) -> Tensor:
+    """Return so many counters for programs that meet, which are open: 0 or the sign bit.
+
+    Whoever uses one leaves it as the next one takes it, so that nothing has to be zeroed between launches: that would
+    be one more kernel for every layer. Launches on one stream do not overlap and share them. A CUDA graph may be
+    replayed beside any of these, so that each launch that is captured zeroes its own.
+    """
+    key = x.get_device(), stream
+    if key[0] < 0 or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(number, dtype=torch.int32, device=x.device)
+    kept = _gates.get(key)
+    if kept is None or len(kept) < number:
+        kept = _gates[key] = torch.zeros(max(number, GATES), dtype=torch.int32, device=x.device)
+    return kept
 
 
 def stream_of(device: int) -> int:

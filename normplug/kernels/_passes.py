@@ -2,21 +2,21 @@
 
 Forward takes
 
-    partial_statistics   mean and centred sum of squares of runs of tiles
-    join                 mean and 1/std of every group; where programs of the next pass can afford it, they do it
+    partial_statistics   mean and centred sum of squares of runs of tiles; the last program joins those of a group
     apply                y = value(x, ...)
 
 and backward
 
-    channel_sums         per channel, of what the formula's ``grads`` names
-    totals               what the statistics pass back, t1 and t2 per group, and the gradients of parameters; the next
-                         pass does this too where it is cheap
-    gradient             dx = local - t1 - (x - mean) * t2
+    channel_sums         per channel, of what the formula's ``grads`` names; the last program finds t1 and t2 of a group
+    gradient             dx = local - t1 - (x - mean) * t2, and the gradients of parameters
 
-Sums are float32, taken in a fixed order without atomics: the same bits on every run. Programs of ``apply`` and
-``gradient`` go through x from its end, which the pass before has left in the cache.
+A group's last program is the one that is last to count itself in a counter ("gate") of its channels: it reads what the
+others have stored, in the order in which the parts stand. Sums are float32 in a fixed order whoever comes last: the
+same bits on every run. Programs of ``apply`` and ``gradient`` go through x from its end, which the pass before has left
+in the cache.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,14 +39,15 @@ from normplug.kernels._tiles import (
     tile_constants,
 )
 
-__all__ = ["Parts", "Pass", "Statistics", "apply_step", "gradient_step", "sums_step", "totals_step"]
+__all__ = ["Parts", "Pass", "Statistics", "add_step", "apply_step", "gradient_step", "sums_step"]
 
-# Partial results per row that a program of apply or gradient puts together by itself, at a time and at most.
-AT_ONCE, FOLDED = 32, 256
+# Partial results that the last program of a group reads at a time: groups x parts of one.
+AT_ONCE = 512
 # Tile in which gradients of parameters are summed up: partial sums x channels.
 ADDED, ADDERS = 128, 16
-# Position tiles that a program of apply or gradient does at most, for what it loads and joins once.
-LONGEST_RUN = 8
+# Position tiles that a program of apply or gradient does at most, for what it loads once; and programs per
+# multiprocessor that are enough to leave it at that.
+LONGEST_RUN, ENOUGH = 8, 16
 
 
 class Parts(NamedTuple):
@@ -58,11 +59,10 @@ class Parts(NamedTuple):
     per_batch: int
 
     @classmethod
-    def of(cls, at: Layout, tiles: Tiling, batches: int, device: int, group_size: int = 1) -> "Parts":
-        """Share them so that the device is filled, and the results of a group are few enough for ``FOLDED``."""
+    def of(cls, at: Layout, tiles: Tiling, batches: int, device: int) -> "Parts":
+        """Share them so that the device is filled."""
         per_batch = at.samples * tiles.position_tiles // batches
-        most = per_batch if at.channels_last else max(1, FOLDED // group_size)
-        splits = split(batches * tiles.channel_tiles, per_batch, device, most)
+        splits = split(batches * tiles.channel_tiles, per_batch, device)
         per_split = triton.cdiv(per_batch, splits)
         splits = triton.cdiv(per_batch, per_split)
         return cls(batches * splits, splits, per_split, per_batch)
@@ -99,9 +99,58 @@ class Pass(NamedTuple):
     def runs(self, device: int) -> tuple[int, int]:
         """Return in how many runs the position tiles of a sample are done, and how many tiles each has."""
         rows, tiles = self.at.samples * self.tiles.channel_tiles, self.tiles.position_tiles
-        enough = 2 * _launch.PROGRAMS_PER_SM * _launch.multiprocessors(device)
+        enough = ENOUGH * _launch.multiprocessors(device)
         per_run = max(1, min(LONGEST_RUN, rows * tiles // enough))
         return triton.cdiv(tiles, per_run), per_run
+
+
+# --- the last program of a group
+
+
+class Gathering(NamedTuple):
+    """Which programs wait, as it were, for each other: those of a batch and of ``together`` channel tiles.
+
+    These are the fewest tiles that cover whole groups.
+    """
+
+    together: int
+    gates: int
+    groups: int  # at a time
+    at_once: int
+
+    @classmethod
+    def of(cls, at: Layout, tiles: Tiling, batches: int, group_size: int) -> "Gathering":
+        width = tiles.block_inner if at.channels_last else tiles.block_outer
+        together = min(tiles.channel_tiles, math.lcm(width, group_size) // width)
+        groups = 8 if at.channels_last else width
+        gates = batches * triton.cdiv(tiles.channel_tiles, together)
+        return cls(together, gates, groups, min(256, AT_ONCE // groups))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"GROUPS": self.groups, "AT_ONCE": self.at_once}
+
+
+@triton.jit
+def _gathered(
+    gate_ptr, batch, channel_tile, channel_tiles, together, splits, channels, group_size, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Count this program in; return the first group of its gate and the last but one, none unless it is the last.
+
+    What the others stored before is seen after. The gate is left open; teams leave its sign bit in either state.
+    """
+    tl.debug_barrier()
+    first = channel_tile // together * together
+    programs = splits * tl.minimum(together, channel_tiles - first)
+    gate_ptr += batch * ((channel_tiles + together - 1) // together) + channel_tile // together
+    before = tl.atomic_add(gate_ptr, 1, sem="acq_rel", scope="gpu")
+    is_last = (before & 2147483647) == programs - 1
+    if is_last:
+        tl.store(gate_ptr, 0)
+    tl.debug_barrier()
+    begin = first * WIDTH // group_size
+    end = tl.minimum((first + together) * WIDTH, channels) // group_size
+    return begin, tl.where(is_last, end, begin)
 
 
 # --- statistics
@@ -113,10 +162,12 @@ def _counted(unit, tiles, positions, block):
     return unit // tiles * positions + tl.minimum(unit % tiles * block, positions)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "eps"])
 def _partial_statistics(
-    x_ptr, parts_ptr, outer, units, channels, channel_tiles, tiles, splits, per_split, per_batch, step,
-    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    x_ptr, parts_ptr, mean_ptr, rstd_ptr, m2_ptr, gate_ptr,
+    outer, units, channels, group_size, channel_tiles, tiles, splits, per_split, per_batch, step, together, eps,
+    CENTRED: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    GROUPS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred sum of squares per channel over a run of tiles: sums shifted by the mean of the first tile.
 
@@ -124,12 +175,14 @@ def _partial_statistics(
     mean, the variance is at least its squared distance / T: what cancels in float32 stays below T ulps.
     """
     inner = units * VEC
-    part, channel = tl.program_id(0) // channel_tiles, tl.program_id(0) % channel_tiles
-    channel *= BI if CHANNELS_LAST else BO
+    part, channel_tile = tl.program_id(0) // channel_tiles, tl.program_id(0) % channel_tiles
     block: tl.constexpr = BO if CHANNELS_LAST else BI
+    width: tl.constexpr = BI if CHANNELS_LAST else BO
+    channel = channel_tile * width
     positions = outer if CHANNELS_LAST else inner
-    first = part // splits * per_batch + part % splits * per_split
-    last = tl.minimum(first + per_split, (part // splits + 1) * per_batch)
+    batch = part // splits
+    first = batch * per_batch + part % splits * per_split
+    last = tl.minimum(first + per_split, (batch + 1) * per_batch)
     start, offs, mask = tile(first, tiles, channel, outer, inner, CHANNELS_LAST, BO, BI)
     count = tl.minimum(positions - first % tiles * block, block)
     x = load(x_ptr + start, offs, mask, 0.0)
@@ -147,6 +200,18 @@ def _partial_statistics(
     at = part.to(tl.int64) * channels + c
     store(parts_ptr, at, shift + s1 / many, c < channels)
     store(parts_ptr + step, at, tl.maximum(s2 - s1 * s1 / many, 0.0, propagate_nan=tl.PropagateNan.ALL), c < channels)
+    begin, end = _gathered(gate_ptr, batch, channel_tile, channel_tiles, together, splits, channels, group_size, width)
+    for one in range(begin, end, GROUPS):
+        group = one + tl.arange(0, GROUPS)[:, None]
+        mean, m2, count_of_group = _joined(
+            parts_ptr, step, batch.to(tl.int64), group, group < end, channels, group_size, splits, per_split,
+            per_batch, tiles, positions, block, AT_ONCE,
+        )  # fmt: skip
+        s = batch * (channels // group_size) + group
+        store(mean_ptr, s, mean, group < end)
+        store(m2_ptr, s, m2, group < end)
+        if rstd_ptr is not None:
+            store(rstd_ptr, s, _reciprocal_root(mean, m2, count_of_group, eps, CENTRED), group < end)
 
 
 @triton.jit
@@ -160,22 +225,23 @@ def _part(j, rows, size, per_split, per_batch, tiles, positions, block):
 
 @triton.jit
 def _joined(
-    parts_ptr, step, batch, group, mask, rows, length, size, splits, per_split, per_batch, tiles, positions, block,
+    parts_ptr, step, batch, group, mask, rows, size, splits, per_split, per_batch, tiles, positions, block,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Join the partial statistics of groups, (R, 1) or (1, 1), by Chan's formula: mean, sum of squares and count.
+    """Join the partial statistics of groups (R, 1) by Chan's formula: mean, sum of squares and count.
 
-    Each has ``splits`` times ``size`` of them, ``length`` in all, in ``rows`` columns.
+    Each has ``splits`` times ``size`` of them, in ``rows`` columns.
     """
     base = parts_ptr + batch * splits * rows + group * size
-    shift = tl.load(base, mask=mask, other=0.0)
+    shift = tl.load(base, mask=mask, other=0.0, cache_modifier=".cg")
     total = tl.zeros_like(shift)
     many = (_counted(per_batch, tiles, positions, block) * size).to(tl.float32)
+    length = splits * size
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
         at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block)
         found = mask & (j < length)
-        mean = tl.load(base + at, mask=found, other=0.0)
+        mean = tl.load(base + at, mask=found, other=0.0, cache_modifier=".cg")
         total += tl.sum(tl.where(found, n * (mean - shift), 0.0), 1, keep_dims=True)
     whole = total / many
     m2 = tl.zeros_like(shift)
@@ -183,8 +249,8 @@ def _joined(
         j = start + tl.arange(0, AT_ONCE)[None, :]
         at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block)
         found = mask & (j < length)
-        d = tl.load(base + at, mask=found, other=0.0) - shift - whole
-        inside = tl.load(base + step + at, mask=found, other=0.0)
+        d = tl.load(base + at, mask=found, other=0.0, cache_modifier=".cg") - shift - whole
+        inside = tl.load(base + step + at, mask=found, other=0.0, cache_modifier=".cg")
         m2 += tl.sum(tl.where(found, inside + n * d * d, 0.0), 1, keep_dims=True)
     return shift + whole, m2, many
 
@@ -198,76 +264,40 @@ def _reciprocal_root(mean, m2, many, eps, CENTRED: tl.constexpr):
     return tl.div_rn(1.0, tl.sqrt_rn(square))
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PER_CHANNEL)
-def _join(
-    parts_ptr, mean_ptr, rstd_ptr, m2_ptr, channels, group_size, step, length, splits, per_split, per_batch,
-    stat_tiles, stat_positions, stat_block, eps, CENTRED: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    groups = channels // group_size
-    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    here = tl.zeros((1, 1), tl.int32)
-    mean, m2, many = _joined(
-        parts_ptr, step, batch, here + group, here == 0, channels, length, group_size, splits, per_split, per_batch,
-        stat_tiles, stat_positions, stat_block, AT_ONCE,
-    )  # fmt: skip
-    at = tl.program_id(0) + here
-    store(mean_ptr, at, mean, here == 0)
-    store(m2_ptr, at, m2, here == 0)
-    if rstd_ptr is not None:
-        store(rstd_ptr, at, _reciprocal_root(mean, m2, many, eps, CENTRED), here == 0)
-
-
 class Statistics(NamedTuple):
     """How the statistics of groups are found: by sums over ``parts``, which stand in ``workspace`` numbers.
 
-    In contiguous memory a group is one row, and its partial results are so few that ``apply`` joins them by itself;
-    channels-last they are per channel.
+    In contiguous memory a group is one row, channels-last partial results are per channel.
     """
 
     at: Layout
     tiles: Tiling
     parts: Parts
-    groups: int
-    batches: int
+    group_size: int  # columns of partial results that are one group
+    gathering: Gathering
 
     @classmethod
     def of(cls, shape: torch.Size, channels_last: bool, groups: int, per_sample: bool, device: int) -> "Statistics":
+        size = shape[1] // groups
         if channels_last:
-            at = Layout.of(shape, True, merge=not per_sample)
+            at, group_size = Layout.of(shape, True, merge=not per_sample), size
         else:
-            at = Layout.rows(shape[0], groups, shape[1] // groups * shape[2:].numel())
+            at, group_size = Layout.rows(shape[0], groups, size * shape[2:].numel()), 1
         tiles, batches = tiling(at), at.samples if per_sample else 1
-        return cls(at, tiles, Parts.of(at, tiles, batches, device), groups, batches)
-
-    @property
-    def step_size(self) -> int:
-        return self.parts.number * self.at.channels
+        parts = Parts.of(at, tiles, batches, device)
+        return cls(at, tiles, parts, group_size, Gathering.of(at, tiles, batches, group_size))
 
     @property
     def workspace(self) -> int:
-        return 2 * self.step_size
+        return 2 * self.parts.number * self.at.channels
 
-    @property
-    def numbers(self) -> list[int]:
-        """What says how many values each partial result stands for."""
+    def step(self, eps: float, centred: bool = True) -> Step:
+        """Plan them: (x, parts, mean, rstd, m2, gates), of which the results may be None."""
         at, tiles, parts = self.at, self.tiles, self.parts
-        block = tiles.block_outer if at.channels_last else tiles.block_inner
-        return [parts.splits, parts.per_split, parts.per_batch, tiles.position_tiles, at.positions, block]
-
-    def partial(self) -> Step:
-        """Plan the first pass: (x, parts)."""
-        at, tiles, parts = self.at, self.tiles, self.parts
-        numbers = [at.outer, at.units, at.channels, tiles.channel_tiles, tiles.position_tiles, *parts[1:]]
-        programs = parts.number * tiles.channel_tiles
-        return Step(_partial_statistics, programs, [*numbers, self.step_size], tile_constants(at, tiles))
-
-    def join(self, eps: float, centred: bool = True) -> Step:
-        """Plan the second: (parts, mean, rstd, m2), of which any but the first may be None."""
-        channels = self.at.channels
-        size = channels // self.groups
-        numbers = [channels, size, self.step_size, self.parts.splits * size, *self.numbers, eps]
-        constants = {"CENTRED": centred, "AT_ONCE": 8 * AT_ONCE}
-        return Step(_join, self.batches * self.groups, numbers, constants)
+        numbers = [at.outer, at.units, at.channels, self.group_size, tiles.channel_tiles, tiles.position_tiles]
+        numbers += [*parts[1:], parts.number * at.channels, self.gathering.together, eps]
+        constants = {"CENTRED": centred, **tile_constants(at, tiles), **self.gathering.constants}
+        return Step(_partial_statistics, parts.number * tiles.channel_tiles, numbers, constants)
 
 
 # --- one pass over x, by given statistics
@@ -295,35 +325,19 @@ def _order(program, channel_tiles, runs, CHANNELS_LAST: tl.constexpr):
     return n, run, channel
 
 
-@triton.jit(do_not_specialize=[*SIZES, "eps", "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
+@triton.jit(do_not_specialize=[*SIZES, "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
 def _apply(
-    x_ptr, y_ptr, residual_ptr, parts_ptr, mean_ptr, rstd_ptr, m2_ptr, weight_ptr, bias_ptr, v_ptr, u_ptr,
-    outer, units, channels, group_size, per_sample, channel_tiles, tiles, runs, per_run,
-    step, splits, per_split, per_batch, stat_tiles, stat_positions, stat_block, eps, slope,
-    VALUE: tl.constexpr, ACT: tl.constexpr, HAS_MEAN: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, AT_ONCE: tl.constexpr,
+    x_ptr, y_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, u_ptr,
+    outer, units, channels, group_size, per_sample, channel_tiles, tiles, runs, per_run, slope,
+    VALUE: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     inner = units * VEC
     n, run, channel = _order(tl.num_programs(0) - 1 - tl.program_id(0), channel_tiles, runs, CHANNELS_LAST)
     channel *= BI if CHANNELS_LAST else BO
     c = channels_of(channel, CHANNELS_LAST, BO, BI)
     s, found = n * per_sample + c // group_size, c < channels
-    if parts_ptr is None:
-        mean, rstd = load(mean_ptr, s, found, 0.0), load(rstd_ptr, s, found, 1.0)
-    else:
-        batch = (n * tl.minimum(per_sample, 1)).to(tl.int64)
-        mean, m2, many = _joined(
-            parts_ptr, step, batch, c // group_size, found, channels // group_size, splits, 1, splits, per_split,
-            per_batch, stat_tiles, stat_positions, stat_block, AT_ONCE,
-        )  # fmt: skip
-        rstd = _reciprocal_root(mean, m2, many, eps, HAS_MEAN)
-        if not HAS_MEAN:
-            mean = tl.zeros_like(mean)
-        # Of the programs that have a group the first keeps its statistics, for backward.
-        keeps = found & (c % group_size == 0) & (run == 0) & ((n == 0) | (per_sample > 0))
-        store(mean_ptr, s, mean, keeps)
-        store(rstd_ptr, s, rstd, keeps)
-        store(m2_ptr, s, m2, keeps)
+    mean, rstd = load(mean_ptr, s, found, 0.0), load(rstd_ptr, s, found, 1.0)
     weight, bias, v, u = _parameters(weight_ptr, bias_ptr, v_ptr, u_ptr, c, found)
     for unit in range(n * tiles + run * per_run, n * tiles + tl.minimum((run + 1) * per_run, tiles)):
         start, offs, mask = tile(unit, tiles, channel, outer, inner, CHANNELS_LAST, BO, BI)
@@ -333,21 +347,13 @@ def _apply(
         store(y_ptr + start, offs, y, mask)
 
 
-def apply_step(
-    formula: Formula, given: Pass, statistics: Statistics | None, eps: float, act: str | None, device: int
-) -> Step:
-    """Plan y = act(value(x)): (x, y, residual, parts, mean, rstd, m2, weight, bias, v, u).
-
-    With statistics it joins their parts and writes mean, rstd and m2, each unless it is None; else parts is None, and
-    it reads mean and rstd.
-    """
+def apply_step(formula: Formula, given: Pass, act: str | None, device: int) -> Step:
+    """Plan y = act(value(x)): (x, y, residual, mean, rstd, weight, bias, v, u)."""
     runs = given.runs(device)
     act, slope = as_constant(act)
-    joins = [0] * 7 if statistics is None else [statistics.step_size, *statistics.numbers]
     programs = given.at.samples * given.tiles.channel_tiles * runs[0]
-    constants = {"VALUE": formula.value, "ACT": act, "HAS_MEAN": formula.has_mean, "AT_ONCE": AT_ONCE}
-    constants |= tile_constants(given.at, given.tiles)
-    return Step(_apply, programs, [*given.sizes, *runs, *joins, eps, slope], constants)
+    constants = {"VALUE": formula.value, "ACT": act, **tile_constants(given.at, given.tiles)}
+    return Step(_apply, programs, [*given.sizes, *runs, slope], constants)
 
 
 # --- backward
@@ -355,17 +361,21 @@ def apply_step(
 
 @triton.jit(do_not_specialize=[*SIZES, "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
 def _channel_sums(
-    dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, u_ptr, parts_ptr,
-    outer, units, channels, group_size, per_sample, channel_tiles, tiles, splits, per_split, per_batch, step, slope,
-    GRADS: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, u_ptr, parts_ptr, t1_ptr, t2_ptr,
+    gate_ptr,
+    outer, units, channels, group_size, per_sample, channel_tiles, tiles, splits, per_split, per_batch, step, together,
+    values, slope,
+    GRADS: tl.constexpr, SUMS: tl.constexpr, CENTRED: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, GROUPS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Sums per channel over a run of tiles, which lies in one sample if statistics belong to samples."""
     inner = units * VEC
-    part, channel = tl.program_id(0) // channel_tiles, tl.program_id(0) % channel_tiles
-    channel *= BI if CHANNELS_LAST else BO
-    first = part // splits * per_batch + part % splits * per_split
-    last = tl.minimum(first + per_split, (part // splits + 1) * per_batch)
+    part, channel_tile = tl.program_id(0) // channel_tiles, tl.program_id(0) % channel_tiles
+    width: tl.constexpr = BI if CHANNELS_LAST else BO
+    channel = channel_tile * width
+    batch = part // splits
+    first = batch * per_batch + part % splits * per_split
+    last = tl.minimum(first + per_split, (batch + 1) * per_batch)
     c = channels_of(channel, CHANNELS_LAST, BO, BI)
     s, found = first // tiles * per_sample + c // group_size, c < channels
     mean, rstd = load(mean_ptr, s, found, 0.0), load(rstd_ptr, s, found, 1.0)
@@ -396,24 +406,45 @@ def _channel_sums(
     if SUMS > 3:
         store(parts_ptr + 3 * step, at, over_positions(s3, CHANNELS_LAST), found)
         store(parts_ptr + 4 * step, at, over_positions(s4, CHANNELS_LAST), found)
+    if t2_ptr is not None:
+        begin, end = _gathered(
+            gate_ptr, batch, channel_tile, channel_tiles, together, splits, channels, group_size, width
+        )
+        for one in range(begin, end, GROUPS):
+            group = one + tl.arange(0, GROUPS)[:, None]
+            of = batch * per_sample + group
+            t1, t2 = _group_terms(
+                parts_ptr, weight_ptr, batch.to(tl.int64), group, group < end, load(rstd_ptr, of, group < end, 0.0),
+                channels, group_size, splits, step, values, CENTRED, AT_ONCE,
+            )  # fmt: skip
+            store(t1_ptr, of, t1, group < end)
+            store(t2_ptr, of, t2, group < end)
 
 
-def sums_step(formula: Formula, given: Pass, parts: Parts, act: str | None) -> Step:
-    """Plan the sums: (dy, x, residual, mean, rstd, weight, bias, v, u, parts), parts of (formula.sums, number, C)."""
+def sums_step(formula: Formula, given: Pass, parts: Parts, act: str | None, terms: Gathering | None = None) -> Step:
+    """Plan the sums: (dy, x, residual, mean, rstd, weight, bias, v, u, parts, t1, t2, gates).
+
+    Parts are (formula.sums, number, C). Without terms the last three are None.
+    """
     act, slope = as_constant(act)
-    numbers = [*given.sizes, *parts[1:], parts.number * given.at.channels, slope]
-    constants = {"GRADS": formula.grads, "SUMS": formula.sums, "ACT": act, **tile_constants(given.at, given.tiles)}
+    at = given.at
+    values = given.group_size * at.positions * at.samples // given.batches
+    together = 0 if terms is None else terms.together
+    numbers = [*given.sizes, *parts[1:], parts.number * at.channels, together, values, slope]
+    constants = {"GRADS": formula.grads, "SUMS": formula.sums, "CENTRED": formula.centred, "ACT": act}
+    constants |= {**tile_constants(at, given.tiles), **Gathering.of(at, given.tiles, 1, 1).constants}
     return Step(_channel_sums, parts.number * given.tiles.channel_tiles, numbers, constants)
 
 
 @triton.jit
 def _group_terms(
-    parts_ptr, weight_ptr, batch, group, mask, rstd, channels, group_size, splits, step, values, length,
+    parts_ptr, weight_ptr, batch, group, mask, rstd, channels, group_size, splits, step, values,
     CENTRED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Return t1 = rstd * mean(w * s0), if the norm is centred, and t2 = rstd² * mean(w * s1) of groups (R, 1)."""
     a = tl.zeros_like(rstd)
     b = tl.zeros_like(rstd)
+    length = splits * group_size
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
         found = mask & (j < length)
@@ -421,8 +452,10 @@ def _group_terms(
         at = (batch * splits + j // group_size) * channels + c
         w = load(weight_ptr, c, found, 1.0)
         if CENTRED:
-            a += tl.sum(tl.where(found, w * tl.load(parts_ptr + at, mask=found, other=0.0), 0.0), 1, keep_dims=True)
-        b += tl.sum(tl.where(found, w * tl.load(parts_ptr + step + at, mask=found, other=0.0), 0.0), 1, keep_dims=True)
+            s0 = tl.load(parts_ptr + at, mask=found, other=0.0, cache_modifier=".cg")
+            a += tl.sum(tl.where(found, w * s0, 0.0), 1, keep_dims=True)
+        s1 = tl.load(parts_ptr + step + at, mask=found, other=0.0, cache_modifier=".cg")
+        b += tl.sum(tl.where(found, w * s1, 0.0), 1, keep_dims=True)
     t1 = rstd * (a / values) if CENTRED else a
     return t1, rstd * rstd * (b / values)
 
@@ -450,57 +483,28 @@ def _add_up(
         store(dv_ptr, c, tl.sum(s2, 0, keep_dims=True), c < channels)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PER_CHANNEL)
-def _totals(
-    parts_ptr, weight_ptr, rstd_ptr, t1_ptr, t2_ptr, dbias_ptr, dweight_ptr, dv_ptr,
-    channels, group_size, splits, step, values, length, parts, terms,
-    CENTRED: tl.constexpr, AT_ONCE: tl.constexpr, ADDED: tl.constexpr, ADDERS: tl.constexpr,
-):  # fmt: skip
-    """The terms of a group in each of the first programs, gradients of parameters in the others."""
-    program = tl.program_id(0)
-    if program < terms:
-        groups = channels // group_size
-        here = tl.zeros((1, 1), tl.int32)
-        rstd = load(rstd_ptr, program + here, here == 0, 0.0)
-        t1, t2 = _group_terms(
-            parts_ptr, weight_ptr, (program // groups).to(tl.int64), program % groups + here, here == 0, rstd,
-            channels, group_size, splits, step, values, length, CENTRED, AT_ONCE,
-        )  # fmt: skip
-        store(t1_ptr, program + here, t1, here == 0)
-        store(t2_ptr, program + here, t2, here == 0)
-    else:
-        _add_up(program - terms, parts_ptr, dbias_ptr, dweight_ptr, dv_ptr, channels, step, parts, ADDED, ADDERS)
+@triton.jit(do_not_specialize=SIZES)
+def _add(parts_ptr, dbias_ptr, dweight_ptr, dv_ptr, channels, step, parts, ADDED: tl.constexpr, ADDERS: tl.constexpr):
+    _add_up(tl.program_id(0), parts_ptr, dbias_ptr, dweight_ptr, dv_ptr, channels, step, parts, ADDED, ADDERS)
 
 
 def _adders(channels: int) -> int:
     return triton.cdiv(channels, ADDERS)
 
 
-def totals_step(formula: Formula, channels: int, groups: int, parts: Parts, values: int, terms: int) -> Step:
-    """Plan what stands between sums and gradient: (parts, weight, rstd, t1, t2, dbias, dweight, dv).
-
-    Args:
-        formula: It says whether t1 is not None, and dv.
-        channels: C.
-        groups: G.
-        parts: Those of the sums.
-        values: Number of values of a group.
-        terms: For how many groups t1 and t2 are wanted; 0 if another kernel has done without them.
-    """
-    size = channels // groups
-    numbers = [channels, size, parts.splits, parts.number * channels, values, parts.splits * size, parts.number, terms]
-    constants = {"CENTRED": formula.centred, "AT_ONCE": 8 * AT_ONCE, "ADDED": ADDED, "ADDERS": ADDERS}
-    return Step(_totals, terms + _adders(channels), numbers, constants)
+def add_step(channels: int, parts: int) -> Step:
+    """Plan the gradients of parameters from so many partial sums: (parts, dbias, dweight, dv)."""
+    numbers = [channels, parts * channels, parts]
+    return Step(_add, _adders(channels), numbers, {"ADDED": 2 * ADDED, "ADDERS": ADDERS}, warps=8)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
 def _gradient(
     dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr, u_ptr, t1_ptr, t2_ptr, parts_ptr,
     dx_ptr, dz_ptr, dbias_ptr, dweight_ptr, dv_ptr,
-    outer, units, channels, group_size, per_sample, channel_tiles, tiles, runs, per_run,
-    splits, step, values, length, parts, adders, slope,
-    GRADS: tl.constexpr, CENTRED: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, AT_ONCE: tl.constexpr, ADDED: tl.constexpr, ADDERS: tl.constexpr,
+    outer, units, channels, group_size, per_sample, channel_tiles, tiles, runs, per_run, step, parts, adders, slope,
+    GRADS: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, ADDED: tl.constexpr, ADDERS: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if program < adders:
@@ -514,14 +518,7 @@ def _gradient(
         s, found = n * per_sample + c // group_size, c < channels
         mean, rstd = load(mean_ptr, s, found, 0.0), load(rstd_ptr, s, found, 1.0)
         weight, bias, v, u = _parameters(weight_ptr, bias_ptr, v_ptr, u_ptr, c, found)
-        if parts_ptr is None:
-            t1, t2 = load(t1_ptr, s, found, 0.0), load(t2_ptr, s, found, 0.0)
-        else:
-            batch = (n * tl.minimum(per_sample, 1)).to(tl.int64)
-            t1, t2 = _group_terms(
-                parts_ptr, weight_ptr, batch, c // group_size, found, rstd, channels, group_size, splits, step, values,
-                length, CENTRED, AT_ONCE,
-            )  # fmt: skip
+        t1, t2 = load(t1_ptr, s, found, 0.0), load(t2_ptr, s, found, 0.0)
         for unit in range(n * tiles + run * per_run, n * tiles + tl.minimum((run + 1) * per_run, tiles)):
             start, offs, mask = tile(unit, tiles, channel, outer, inner, CHANNELS_LAST, BO, BI)
             dy = load(dy_ptr + start, offs, mask, 0.0)
@@ -533,23 +530,19 @@ def _gradient(
                 store(dz_ptr + start, offs, dz, mask)
 
 
-def gradient_step(
-    formula: Formula, given: Pass, parts: Parts | None, values: int, act: str | None, device: int
-) -> Step:
+def gradient_step(formula: Formula, given: Pass, act: str | None, device: int, parts: int = 0) -> Step:
     """Plan dx = local - t1 - (x - mean) * t2.
 
-    It takes (dy, x, residual, mean, rstd, weight, bias, v, u, t1, t2, parts, dx, dz, dbias, dweight, dv); dz, which may
-    be None, is the first of the formula's five. With parts it finds t1 and t2 from the sums by itself and writes the
-    gradients of parameters; else it reads t1 and t2 (None for 0), and parts and those gradients are None.
+    It takes (dy, x, residual, mean, rstd, weight, bias, v, u, t1, t2, parts, dx, dz, dbias, dweight, dv); t1 and t2 may
+    be None for 0, and dz, which is the first of the formula's five. It also adds up as many partial sums as ``parts``
+    says to the gradients of parameters, which are None for 0.
     """
     runs = given.runs(device)
     act, slope = as_constant(act)
-    sums = [0] * 6
-    if parts is not None:
-        channels = given.at.channels
-        sums = [parts.splits, parts.number * channels, values, parts.splits * given.group_size, parts.number]
-        sums.append(_adders(channels))
-    programs = given.at.samples * given.tiles.channel_tiles * runs[0] + sums[-1]
-    constants = {"GRADS": formula.grads, "CENTRED": formula.centred, "ACT": act, "AT_ONCE": AT_ONCE}
-    constants |= {"ADDED": ADDED, "ADDERS": ADDERS, **tile_constants(given.at, given.tiles)}
-    return Step(_gradient, programs, [*given.sizes, *runs, *sums, slope], constants)
+    channels = given.at.channels
+    adders = _adders(channels) if parts else 0
+    programs = given.at.samples * given.tiles.channel_tiles * runs[0] + adders
+    constants = {"GRADS": formula.grads, "ACT": act, "ADDED": ADDED, "ADDERS": ADDERS}
+    constants |= tile_constants(given.at, given.tiles)
+    numbers = [*given.sizes, *runs, parts * channels, parts, adders, slope]
+    return Step(_gradient, programs, numbers, constants)

@@ -10,18 +10,17 @@ for each side of the barrier, and the second side loads its piece again.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from normplug.kernels import _launch
 from normplug.kernels._activations import as_constant
-from normplug.kernels._launch import COOPERATIVE, Layout, Step
+from normplug.kernels._launch import COOPERATIVE, Layout, Step, gates
 from normplug.kernels._passes import _reciprocal_root
 from normplug.kernels._tiles import PER_CHANNEL, SIZES, Formula, load, load_at, over_all, over_positions, store
 
-__all__ = ["Team", "TeamStep", "backward_step", "forward_step", "gates"]
+__all__ = ["Team", "TeamStep", "backward_step", "forward_step"]
 
 # Sides of the barrier that a launch does: COOPERATIVE is both.
 BEFORE, AFTER = 1, 2
@@ -29,24 +28,6 @@ BEFORE, AFTER = 1, 2
 AT_ONCE = 128
 # The fewest positions of a piece: less would be rows of a few values, or programs that do little between barriers.
 FEWEST = 16
-# Gates per device: a team has one, and no GPU holds more programs.
-GATES = 1 << 14
-_gates: dict[tuple[int, int], Tensor] = {}
-
-
-def gates(device: torch.device, stream: int, teams: int) -> Tensor:
-    """Return counters for the barriers of at least so many teams, which are open: 0 or the sign bit.
-
-    A barrier leaves its counter as the next one takes it, so that nothing has to be zeroed between launches: that
-    would be one more kernel for every layer. Launches on one stream do not overlap and share them. A CUDA graph may be
-    replayed beside any of these, so that each launch that is captured zeroes its own.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(teams, dtype=torch.int32, device=device)
-    key = device.index, stream
-    if key not in _gates:
-        _gates[key] = torch.zeros(GATES, dtype=torch.int32, device=device)
-    return _gates[key]
 
 
 @triton.jit
@@ -230,7 +211,7 @@ class Team(NamedTuple):
         if positions < FEWEST:
             return None
         members = triton.cdiv(at.positions, positions)
-        together = min(_launch.resident(device), GATES) // members
+        together = _launch.resident(device) // members
         if members < 2 or together < 1:
             return None
         block = (positions, channels) if at.channels_last else (channels, positions)
@@ -271,7 +252,7 @@ class TeamStep:
         ]
 
     def __call__(self, stream: int, x: Tensor, *tensors: Tensor | None) -> None:
-        counters = gates(x.device, stream, self._teams)
+        counters = gates(x, stream, self._teams)
         for step in self._steps:
             step(stream, x, *tensors, counters)
 

@@ -23,9 +23,8 @@ __all__ = [
 # of 16; what such knowledge is good for, wide loads, they learn from VEC.
 SIZES = [
     "outer", "units", "group_units", "channels", "group_size", "per_sample", "channel_tiles", "tiles", "runs",
-    "per_run", "splits", "per_split", "per_batch", "stat_tiles", "stat_positions", "stat_block", "step", "values",
-    "parts", "terms", "adders", "length", "samples", "positions",
-    "members", "teams",
+    "per_run", "splits", "per_split", "per_batch", "together", "step", "values", "parts", "adders", "samples",
+    "positions", "members", "teams",
 ]  # fmt: skip
 # Arguments that are loaded once per channel: they may start anywhere, as views into an optimizer's flat buffer do.
 PER_CHANNEL = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "v_ptr", "u_ptr"]
@@ -119,7 +118,7 @@ def over_positions(t, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def over_all(t):
-    return tl.sum(tl.sum(t, 1), 0)
+    return tl.sum(t)
 
 
 @triton.jit

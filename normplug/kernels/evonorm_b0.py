@@ -40,6 +40,8 @@ EVONORM_B0 = Formula(_value, _grads, sums=5)
 
 # Tile of samples x channels in which what belongs to instances is looked at.
 TILE = {"ROWS": 32, "COLUMNS": 32}
+# Parts of a sample from which on they are summed up for one sample after the other.
+MANY = 8
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps"], do_not_specialize_on_alignment=PER_CHANNEL)
@@ -73,10 +75,18 @@ def _variances(
     store(u_ptr, c, tl.sqrt_rn(total + eps), c < channels)
 
 
+@triton.jit
+def _store_terms(t1_ptr, t2_ptr, mean_ptr, std_ptr, at, above, w, by_batch, batch_mean, positions, found):
+    std = load(std_ptr, at, found, 1.0)
+    store(t2_ptr, at, w * above / (std * positions) + by_batch, found)
+    store(t1_ptr, at, by_batch * (load(mean_ptr, at, found, 0.0) - batch_mean), found)
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PER_CHANNEL)
 def _terms(
     parts_ptr, mean_ptr, std_ptr, weight_ptr, u_ptr, t1_ptr, t2_ptr, dbias_ptr, dweight_ptr, dv_ptr,
     channels, samples, positions, splits, step, TRAINING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
     """The gradients of parameters, and t1 and t2 of instances."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -107,16 +117,25 @@ def _terms(
             n = start + tl.arange(0, ROWS)[:, None]
             mean_sum += load(mean_ptr, n.to(tl.int64) * channels + c, (n < samples) & (c < channels), 0.0)
         batch_mean = tl.sum(mean_sum, 0, keep_dims=True) / samples
-    for start in range(0, samples, ROWS):
-        n = start + tl.arange(0, ROWS)[:, None]
-        found = (n < samples) & (c < channels)
-        above = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for split in range(splits):
-            above += load(parts_ptr + 2 * step, (n.to(tl.int64) * splits + split) * channels + c, found, 0.0)
-        at = n.to(tl.int64) * channels + c
-        std = load(std_ptr, at, found, 1.0)
-        store(t2_ptr, at, w * above / (std * positions) + by_batch, found)
-        store(t1_ptr, at, by_batch * (load(mean_ptr, at, found, 0.0) - batch_mean), found)
+    if splits >= MANY:  # parts of a sample at a time; there are few samples then
+        for n in range(samples):
+            sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for start in range(0, splits, ROWS):
+                split = start + tl.arange(0, ROWS)[:, None]
+                at = (split.to(tl.int64) + n * splits) * channels + c
+                sums += load(parts_ptr + 2 * step, at, (split < splits) & (c < channels), 0.0)
+            above = tl.sum(sums, 0, keep_dims=True)
+            at = c + n * channels
+            _store_terms(t1_ptr, t2_ptr, mean_ptr, std_ptr, at, above, w, by_batch, batch_mean, positions, c < channels)
+    else:  # samples at a time
+        for start in range(0, samples, ROWS):
+            n = start + tl.arange(0, ROWS)[:, None]
+            found = (n < samples) & (c < channels)
+            above = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for split in range(splits):
+                above += load(parts_ptr + 2 * step, (n.to(tl.int64) * splits + split) * channels + c, found, 0.0)
+            at = n.to(tl.int64) * channels + c
+            _store_terms(t1_ptr, t2_ptr, mean_ptr, std_ptr, at, above, w, by_batch, batch_mean, positions, found)
 
 
 @planned
@@ -128,7 +147,7 @@ def _plan(
     step = samples * splits * channels
     return (
         Step(_variances, programs, [*sizes, eps], TILE),
-        Step(_terms, programs, [*sizes, splits, step], {"TRAINING": training, **TILE}),
+        Step(_terms, programs, [*sizes, splits, step], {"TRAINING": training, **TILE, "MANY": MANY}),
     )
 
 

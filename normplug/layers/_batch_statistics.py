@@ -13,7 +13,7 @@ from normplug.layers._checks import check_channels, check_has_statistics, checke
 from normplug.layers._quantization import let_fuse
 from normplug.layers._symbolic import chosen, node_of
 from normplug.ops._common import acc_dtype, add_and_activate, check_act, check_residual
-from normplug.ops._registration import UNCAPTURABLE, is_exporting, is_recorded
+from normplug.ops._registration import UNCAPTURABLE, in_torch, is_exporting, is_recorded
 from normplug.ops.batch_norm import batch_norm_act, batch_normalize, is_exact_in_aten, stock_batch_norm
 
 __all__ = [
@@ -113,14 +113,27 @@ def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
     factor: float | Tensor = layer.momentum
     if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
         factor = 1 / count.to(wide)
-    for running, new in ((running_mean, mean), (running_var, var)):
-        if running is None:
-            continue
+    pairs = [(running, new) for running, new in ((running_mean, mean), (running_var, var)) if running is not None]
+    together = _move_together(pairs, wide, factor)
+    if together:
+        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), factor)
+    for running, new in [] if together else pairs:
         if running.dtype == wide:
             running.lerp_(new.to(wide), factor)
         else:  # a half type is rounded once, and not at every operation
             running.copy_(torch.lerp(running.to(wide), new.to(wide), factor))
     keep_running(layer, moved)
+
+
+def _move_together(pairs: list[tuple[Tensor, Tensor]], wide: torch.dtype, factor: float | Tensor) -> bool:
+    """Tell whether one kernel can move all: on a GPU, where the start of another is what it costs."""
+    return (
+        len(pairs) > 1
+        and not isinstance(factor, Tensor)
+        and not torch.compiler.is_compiling()
+        and not in_torch()
+        and all(running.is_cuda and running.dtype == new.dtype == wide for running, new in pairs)
+    )
 
 
 def _is_stock(x: Tensor, act: str | None, residual: Tensor | None, eps: float) -> bool:
@@ -269,11 +282,10 @@ class LocalBatchNorm(ConversionGuard):
         # Momentum None makes torch read its count on the host, which waits for a device and breaks CUDA graphs.
         if _is_stock(x, act, residual, self.eps) and (x.is_cpu or self.momentum is not None or not self.training):
             return self._stock(x)
-        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual)
-        count = values_per_channel(x)
-        if self.training and count:
+        y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual, correction=1)
+        if self.training and values_per_channel(x):
             with torch.no_grad():
-                update_running(self, mean, var * (count / (count - 1)))
+                update_running(self, mean, var)
         return y
 
     def _stock(self, x: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def register_hooks() -> None:
         checkpoints,
         compile_kernels,
         feature_percentiles,
+        parameter_groups,
         precise_bn,
         random_state,
         recompute,

@@ -47,6 +47,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     act: str | None = None,
     residual: Tensor | None = None,
+    correction: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return act(bn(x) + residual) with the statistics of this batch, and these statistics.
 
@@ -57,10 +58,12 @@ def batch_norm_act(
         eps: Added to the population variance, inside the root.
         act: Activation applied last: one of ``ACTIVATIONS`` or None.
         residual: Added before the activation; has the shape of x.
+        correction: What the variance that is returned takes off the number of values, as in ``torch.var``: 1 for
+            that which a batch norm averages. The output knows the population variance only.
 
     Returns:
-        y with shape, dtype and memory format of x, and mean and population variance (C,), which carry no
-        gradient; they are float32 (float64 for a float64 x) and 0 for an empty batch.
+        y with shape, dtype and memory format of x, and mean and variance (C,), which carry no gradient; they are
+        float32 (float64 for a float64 x) and 0 for an empty batch.
 
     Raises:
         TypeError: If x or another argument that should be one is no dense floating-point tensor.
@@ -71,20 +74,21 @@ def batch_norm_act(
         S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithm 1.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(batch_norm_act, (x,), x, weight, bias, eps, act, residual)
+        return handle_torch_function(batch_norm_act, (x,), x, weight, bias, eps, act, residual, correction)
     check_act(act)
     check_parameters("batch_norm_act", x, weight=weight, bias=bias)
     check_residual("batch_norm_act", x, residual)
     if in_torch():
         y, mean, var = formula_act(x, weight, bias, eps, act, residual)
-        return y, mean.detach(), var.detach()
+        count = _count(x)
+        return y, mean.detach(), var.detach() * (count / max(count - correction, 1)) if correction else var.detach()
     x = dense(x)
     if residual is not None:
         residual = residual.to(x.dtype)
     y, mean, _, m2 = _act(x, weight, bias, eps, act, residual)
     if mean.requires_grad:  # as the op of a compiled graph has it
         mean, m2 = mean.detach(), m2.detach()
-    return y, mean, m2 / max(_count(x), 1)
+    return y, mean, m2 / max(_count(x) - correction, 1)
 
 
 def formula_act(

@@ -6,4 +6,7 @@ recipe_model = dict(
     train_cfg=dict(rpn=dict(allowed_border=0)),
 )
 # Norms: no decay, the learning rate of weights. Other biases: no decay, twice the learning rate.
-recipe_optimizer = dict(paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, bias_decay_mult=0.0))
+recipe_optimizer = dict(
+    constructor="MergedOptimWrapperConstructor",
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, bias_decay_mult=0.0),
+)

@@ -9,4 +9,7 @@ recipe_model = dict(
     train_cfg=dict(rpn=dict(allowed_border=0)),
 )
 # Whatever is called bias, that of a norm too, has no decay and twice the learning rate; the weights of norms decay.
-recipe_optimizer = dict(paramwise_cfg=dict(custom_keys={".bias": dict(lr_mult=2.0, decay_mult=0.0)}))
+recipe_optimizer = dict(
+    constructor="MergedOptimWrapperConstructor",
+    paramwise_cfg=dict(custom_keys={".bias": dict(lr_mult=2.0, decay_mult=0.0)}),
+)

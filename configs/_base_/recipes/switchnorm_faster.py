@@ -10,5 +10,6 @@ recipe_model = dict(
     train_cfg=dict(rpn=dict(allowed_border=0)),
 )
 recipe_optimizer = dict(
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={".bias": dict(lr_mult=2.0, decay_mult=0.0)})
+    constructor="MergedOptimWrapperConstructor",
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={".bias": dict(lr_mult=2.0, decay_mult=0.0)}),
 )

@@ -1,0 +1,94 @@
+"""One group of parameters for all that are treated alike: the steps are those of a group for each."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+import normplug  # noqa: F401  registers the constructor
+
+RULES = dict(norm_decay_mult=0.0, bias_lr_mult=2.0, bias_decay_mult=0.0, custom_keys={"3": dict(lr_mult=0.5)})
+
+
+def model():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)) for _ in range(3)]
+    return nn.Sequential(*blocks, nn.Conv2d(4, 2, 1))
+
+
+def built(net, constructor, kind="SGD", **rules):
+    settings = dict(type=kind, lr=0.01, weight_decay=0.01) | (dict(momentum=0.9) if kind == "SGD" else {})
+    cfg = dict(constructor=constructor, type="OptimWrapper", optimizer=settings, paramwise_cfg=rules or RULES)
+    return build_optim_wrapper(net, cfg)
+
+
+def train(net, wrapper, steps):
+    torch.manual_seed(steps)
+    for _ in range(steps):
+        wrapper.update_params(net(torch.randn(2, 4, 3, 3)).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_steps_are_the_same_with_fewer_groups(kind):
+    nets = model(), model()
+    default, merged = (
+        built(net, name, kind)
+        for net, name in zip(nets, ("DefaultOptimWrapperConstructor", "MergedOptimWrapperConstructor"), strict=True)
+    )
+    for net, wrapper in zip(nets, (default, merged), strict=True):
+        train(net, wrapper, 5)
+    assert len(default.optimizer.param_groups) == 14
+    # weights, biases of convolutions, norms, and the last layer's
+    assert [len(group["params"]) for group in merged.optimizer.param_groups] == [3, 3, 6, 2]
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_with_a_group_per_parameter_goes_on(tmp_path):
+    first = model()
+    before = built(first, "DefaultOptimWrapperConstructor")
+    train(first, before, 3)
+    before.optimizer.param_groups[0]["lr"] = before.optimizer.param_groups[4]["lr"] = 0.05  # as a schedule leaves it
+    before.optimizer.param_groups[8]["lr"] = 0.05
+    torch.save(before.state_dict(), tmp_path / "optimizer.pth")
+    second = copy.deepcopy(first)
+    after = built(second, "MergedOptimWrapperConstructor")
+    after.load_state_dict(torch.load(tmp_path / "optimizer.pth"))
+    assert after.optimizer.param_groups[0]["lr"] == 0.05
+    train(first, before, 4)
+    train(second, after, 4)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_its_own_checkpoint_is_taken_as_it_is():
+    first = model()
+    before = built(first, "MergedOptimWrapperConstructor")
+    train(first, before, 3)
+    second = copy.deepcopy(first)
+    after = built(second, "MergedOptimWrapperConstructor")
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    train(first, before, 2)
+    train(second, after, 2)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_groups_that_are_not_treated_alike_are_not_mixed():
+    first = model()
+    before = built(first, "DefaultOptimWrapperConstructor")
+    train(first, before, 1)
+    before.optimizer.param_groups[0]["lr"] = 7.0
+    after = built(copy.deepcopy(first), "MergedOptimWrapperConstructor")
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        after.load_state_dict(before.state_dict())
+
+
+def test_without_rules_it_is_the_default():
+    net = model()
+    wrapper = build_optim_wrapper(
+        net, dict(constructor="MergedOptimWrapperConstructor", type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1))
+    )
+    assert len(wrapper.optimizer.param_groups) == 1
