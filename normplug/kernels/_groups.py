@@ -4,7 +4,8 @@ Where a group fits into a program it is normalized in one pass, elsewhere by the
 shape: what follows in later calls is a lookup, the memory for results, and the kernels.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,32 +31,57 @@ from normplug.kernels._tiles import (
     Formula,
     load,
     load_at,
-    over_all,
-    over_positions,
     store,
     tile_constants,
 )
 
 __all__ = ["backward", "forward", "is_channels_last"]
 
+# Values of a warp that holds groups whole.
+PER_WARP = 512
+
 
 @triton.jit
-def _group_tile(outer, inner, group_size, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):
-    """Return what ``tile`` does for the group of this program, and its sample and channels."""
+def _group_tile(
+    outer, inner, group_size, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, PACK: tl.constexpr, BI: tl.constexpr
+):
+    """Return what ``tile`` does for the groups of this program, (BO, PACK, BI), and its sample, groups and channels.
+
+    Groups are counted through all samples. Both come with which of them exist.
+    """
     groups = inner // group_size if CHANNELS_LAST else outer // group_size
-    n, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    o, i = tl.arange(0, BO)[:, None], tl.arange(0, BI)[None, :]
-    channel = group * group_size
-    start = n * outer * inner
+    packs = (groups + PACK - 1) // PACK
+    n, first = (tl.program_id(0) // packs).to(tl.int64), tl.program_id(0) % packs * PACK
+    o, p, i = tl.arange(0, BO)[:, None, None], tl.arange(0, PACK)[None, :, None], tl.arange(0, BI)[None, None, :]
+    here = first + p < groups
     if CHANNELS_LAST:
-        start += channel
-        mask = (o < outer) & (i < group_size)
-        c, valid = channel + i, i < group_size
-    else:
-        start += channel.to(tl.int64) * inner
+        start = n * outer * inner + first * group_size
+        offs = o * inner + p * group_size + i
+        mask = (o < outer) & (i < group_size) & here
+        c, valid = (first + p) * group_size + i, (i < group_size) & here
+    else:  # PACK is 1
+        start = (n * outer + first * group_size) * inner
+        offs = o * inner + i
         mask = (o < group_size) & (i < inner)
-        c, valid = channel + o, o < group_size
-    return start, o * inner + i, mask, n, c, valid
+        c, valid = first * group_size + o, o < group_size
+    return start, offs, mask, n, n * groups + first + p, here, c, valid
+
+
+@triton.jit
+def _over_group(t, PACK: tl.constexpr):
+    """Sum a tile, or what belongs to its channels, up for each group: (1, PACK, 1)."""
+    if PACK == 1:
+        s = tl.zeros((1, 1, 1), tl.float32) + tl.sum(t)
+    else:
+        s = tl.sum(tl.sum(t, 2, keep_dims=True), 0, keep_dims=True)
+    return s
+
+
+@triton.jit
+def _over_rows(t, CHANNELS_LAST: tl.constexpr):
+    """Sum a tile over its positions and keep the axes."""
+    s = tl.sum(t, 0, keep_dims=True) if CHANNELS_LAST else tl.sum(t, 2, keep_dims=True)
+    return s
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "slope"], do_not_specialize_on_alignment=PER_CHANNEL)
@@ -63,35 +89,27 @@ def _group_forward(
     x_ptr, y_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, v_ptr,
     outer, units, group_units, values, eps, slope,
     VALUE: tl.constexpr, ACT: tl.constexpr, HAS_MEAN: tl.constexpr, VEC: tl.constexpr, GROUP_VEC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     inner, group_size = units * VEC, group_units * GROUP_VEC
-    start, offs, mask, _, c, valid = _group_tile(outer, inner, group_size, CHANNELS_LAST, BO, BI)
+    start, offs, mask, _, group, here, c, valid = _group_tile(outer, inner, group_size, CHANNELS_LAST, BO, PACK, BI)
+    # All loads first: what is summed waits for x, and the others come meanwhile.
     x = load(x_ptr + start, offs, mask, 0.0)
+    residual = load_at(residual_ptr, start, offs, mask)
+    weight, bias, v = load(weight_ptr, c, valid, 1.0), load(bias_ptr, c, valid, 0.0), load(v_ptr, c, valid, 0.0)
     if HAS_MEAN:
-        mean = over_all(x) / values
+        mean = _over_group(x, PACK) / values
         d = tl.where(mask, x - mean, 0.0)
         # What rounding left over: with mean 1000 it is as large as the last digits of x.
-        mean += over_all(d) / values
+        mean += _over_group(d, PACK) / values
         d = tl.where(mask, x - mean, 0.0)
-        tl.store(mean_ptr + tl.program_id(0), mean)
+        store(mean_ptr, group, mean, here)
     else:
         mean = 0.0
         d = x
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(over_all(d * d) / values + eps))
-    tl.store(rstd_ptr + tl.program_id(0), rstd)
-    y = VALUE(
-        x,
-        mean,
-        rstd,
-        load(weight_ptr, c, valid, 1.0),
-        load(bias_ptr, c, valid, 0.0),
-        load(v_ptr, c, valid, 0.0),
-        0.0,
-        load_at(residual_ptr, start, offs, mask),
-        slope,
-        ACT,
-    )
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(_over_group(d * d, PACK) / values + eps))
+    store(rstd_ptr, group, rstd, here)
+    y = VALUE(x, mean, rstd, weight, bias, v, 0.0, residual, slope, ACT)
     store(y_ptr + start, offs, y, mask)
 
 
@@ -101,40 +119,28 @@ def _group_backward(
     outer, units, group_units, values, step, slope,
     GRADS: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, CENTRED: tl.constexpr,
     VEC: tl.constexpr, GROUP_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
     inner, group_size = units * VEC, group_units * GROUP_VEC
-    start, offs, mask, n, c, valid = _group_tile(outer, inner, group_size, CHANNELS_LAST, BO, BI)
+    start, offs, mask, n, group, here, c, valid = _group_tile(outer, inner, group_size, CHANNELS_LAST, BO, PACK, BI)
     dy = load(dy_ptr + start, offs, mask, 0.0)
     x = load(x_ptr + start, offs, mask, 0.0)
     residual = load_at(residual_ptr, start, offs, mask)
-    mean = 0.0 if mean_ptr is None else tl.load(mean_ptr + tl.program_id(0))
-    rstd = tl.load(rstd_ptr + tl.program_id(0))
-    weight = load(weight_ptr, c, valid, 1.0)
-    dx, e0, e1, e2, _, _ = GRADS(
-        dy,
-        x,
-        mean,
-        rstd,
-        weight,
-        load(bias_ptr, c, valid, 0.0),
-        load(v_ptr, c, valid, 0.0),
-        0.0,
-        residual,
-        slope,
-        ACT,
-    )
+    mean, rstd = load(mean_ptr, group, here, 0.0), load(rstd_ptr, group, here, 0.0)
+    weight, bias, v = load(weight_ptr, c, valid, 1.0), load(bias_ptr, c, valid, 0.0), load(v_ptr, c, valid, 0.0)
+    dx, e0, e1, e2, _, _ = GRADS(dy, x, mean, rstd, weight, bias, v, 0.0, residual, slope, ACT)
     if dz_ptr is not None:
         store(dz_ptr + start, offs, e0, mask)
     channels = inner if CHANNELS_LAST else outer
     at = n * channels + c
-    s0, s1 = over_positions(e0, CHANNELS_LAST), over_positions(e1, CHANNELS_LAST)
+    s0, s1 = _over_rows(e0, CHANNELS_LAST), _over_rows(e1, CHANNELS_LAST)
     store(parts_ptr, at, s0, valid)
     store(parts_ptr + step, at, s1, valid)
     if SUMS > 2:
-        store(parts_ptr + 2 * step, at, over_positions(e2, CHANNELS_LAST), valid)
+        store(parts_ptr + 2 * step, at, _over_rows(e2, CHANNELS_LAST), valid)
     if CENTRED:
-        dx -= rstd * (over_all(weight * s0) / values)
-    dx -= (x - mean) * (rstd * rstd * (over_all(weight * s1) / values))
+        dx -= rstd * (_over_group(weight * s0, PACK) / values)
+    dx -= (x - mean) * (rstd * rstd * (_over_group(weight * s1, PACK) / values))
     store(dx_ptr + start, offs, dx, mask)
 
 
@@ -158,12 +164,10 @@ def _forward(
     channels_last = is_channels_last(shape, stride)
     of_groups = (shape[0], groups) if per_sample else (groups,)
     if per_sample and (tile := _whole(shape, channels_last, dtype, groups, tensors=1)):
-        at, block, sizes, group_vec = tile
         act, slope = as_constant(act)
-        constants = {"VALUE": formula.value, "ACT": act, "HAS_MEAN": formula.has_mean, "GROUP_VEC": group_vec}
-        constants |= tile_constants(at, block)
-        numbers = [*sizes, eps, slope]
-        return _Forward(Step(_group_forward, shape[0] * groups, numbers, constants, _warps(block)), shape=of_groups)
+        constants = {"VALUE": formula.value, "ACT": act, "HAS_MEAN": formula.has_mean, **tile.constants}
+        whole = Step(_group_forward, tile.programs, [*tile.sizes, eps, slope], constants, tile.warps)
+        return _Forward(whole, shape=of_groups)
     if per_sample and (team := _team(shape, channels_last, dtype, groups, 1, device)):
         return _Forward(team=forward_step(formula, team, eps, act), workspace=team.exchanged, shape=of_groups)
     statistics = Statistics.of(shape, channels_last, groups, per_sample, device)
@@ -186,17 +190,29 @@ def is_channels_last(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return False
 
 
-def _whole(
-    shape: torch.Size, channels_last: bool, dtype: torch.dtype, groups: int, tensors: int
-) -> tuple[Layout, tuple[int, int], list[int], int] | None:
-    """Return layout, tile and sizes for a program per group, or None where so many tensors of one do not fit in it."""
+class _Whole(NamedTuple):
+    """How programs hold whole groups."""
+
+    programs: int
+    warps: int
+    sizes: list[int]
+    constants: dict[str, Any]
+
+
+def _whole(shape: torch.Size, channels_last: bool, dtype: torch.dtype, groups: int, tensors: int) -> _Whole | None:
+    """Plan programs that hold groups of so many tensors, or return None where not one of them fits."""
     group_size = shape[1] // groups
     at = Layout.of(shape, channels_last, channels=group_size)
     block = fits_on_chip(at, group_size, dtype.itemsize, tensors)
     if block is None:
         return None
+    outer, pack, inner = block
     group_vec = at.vec if channels_last else 1
-    return at, block, [at.outer, at.units, group_size // group_vec, group_size * at.positions], group_vec
+    sizes = [at.outer, at.units, group_size // group_vec, group_size * at.positions]
+    constants = {"GROUP_VEC": group_vec, "PACK": pack, **tile_constants(at, (outer, inner))}
+    # 16 values a thread, 32 for the largest and for groups side by side
+    warps = max(1, min(16, math.prod(block) // (PER_WARP if pack == 1 else 2 * PER_WARP)))
+    return _Whole(shape[0] * triton.cdiv(groups, pack), warps, sizes, constants)
 
 
 def _team(
@@ -205,11 +221,6 @@ def _team(
     group_size = shape[1] // groups
     at = Layout.of(shape, channels_last, channels=group_size)
     return Team.of(at, group_size, dtype.itemsize, tensors, device)
-
-
-def _warps(block: tuple[int, int]) -> int:
-    """Return warps for a program that holds a whole tile: 16 values a thread, 32 for the largest."""
-    return max(1, min(16, block[0] * block[1] // 512))
 
 
 def forward(
@@ -269,11 +280,10 @@ def _backward(
     channels_last = is_channels_last(shape, stride)
     n, c = shape[:2]
     if per_sample and (tile := _whole(shape, channels_last, dtype, groups, tensors=2)):
-        at, block, sizes, group_vec = tile
         act, slope = as_constant(act)
         constants = {"GRADS": formula.grads, "SUMS": formula.sums, "ACT": act, "CENTRED": formula.centred}
-        constants |= {"GROUP_VEC": group_vec, **tile_constants(at, block)}
-        whole = Step(_group_backward, n * groups, [*sizes, n * c, slope], constants, _warps(block))
+        constants |= tile.constants
+        whole = Step(_group_backward, tile.programs, [*tile.sizes, n * c, slope], constants, tile.warps)
         return _Backward(whole, add=add_step(c, n), workspace=formula.sums * n * c)
     if per_sample and (team := _team(shape, channels_last, dtype, groups, 2, device)):
         rows = n * team.members

@@ -23,8 +23,9 @@ TILE = 2048
 SHORTEST, WIDEST = 32, 64
 # Programs per multiprocessor among which the sums of a first pass are shared: with more of them there is more to join.
 PROGRAMS_PER_SM = 4
-# Values that one program of 16 warps holds in registers without spilling.
-ON_CHIP = 16384
+# Values that one program of 16 warps holds in registers without spilling. And the bytes that neighbouring groups of a
+# position should have in it, channels-last: a sector of the L2 cache.
+ON_CHIP, ROW_BYTES = 16384, 32
 # Whether larger groups are normalized in one pass by teams of programs (_teams.py). Off until a GPU has shown it:
 # nobody has run it, and a barrier that is wrong hangs a training run.
 ONE_PASS = False
@@ -129,20 +130,29 @@ def resident(device: int) -> int:
     return multiprocessors(device) * min(65536 // (TEAM_REGISTERS * 32 * TEAM_WARPS), 2048 // (32 * TEAM_WARPS))
 
 
-def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tuple[int, int] | None:
-    """Return the tile (outer, inner) that holds a group of so many tensors in one program, or None if none does.
+def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tuple[int, int, int] | None:
+    """Return the tile (outer, groups, inner) that holds groups of so many tensors in one program, or None if none does.
 
-    Channels-last groups of less than 16 bytes per position would load far more than they use.
+    Channels-last a program has groups side by side until their rows are ``ROW_BYTES`` long, as far as they fit. Less
+    than 16 bytes would load far more than they use.
     """
-    if at.channels_last and group_size * itemsize < 16 and at.channels > group_size:
-        return None
     positions, channels = _rounded(at.positions), triton.next_power_of_2(group_size)
     # Where every value has an address of its own, addresses take half of the registers.
     most = ON_CHIP if at.vec > 1 else ON_CHIP // 2
     if positions * channels * tensors > most:
         positions = triton.next_power_of_2(at.positions)
-    block = (positions, channels) if at.channels_last else (channels, positions)
-    return block if block[0] * block[1] * tensors <= most else None
+    if positions * channels * tensors > most:
+        return None
+    if not at.channels_last:
+        return channels, 1, positions
+    groups = 1
+    if channels == group_size:
+        fitting = most // (positions * channels * tensors), at.channels // group_size
+        while groups * channels * itemsize < ROW_BYTES and 2 * groups <= min(fitting):
+            groups *= 2
+    if groups * group_size * itemsize < 16 and at.channels > groups * group_size:
+        return None
+    return positions, groups, channels
 
 
 def _rounded(positions: int) -> int:
