@@ -15,9 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = ROOT / "tools" / "gpu_check.sh"
-STAGES = ["smoke", "ops", "train", "tests"]
+STAGES = ["smoke", "ops", "train", "tests", "tune"]
 # What a part leaves that was cut short in its middle.
-CUT = {"smoke": "smoke.txt", "ops": "ops-bf16.json", "train": "train-mask_rcnn.json", "tests": "tests.txt"}
+CUT = {"smoke": "smoke.txt", "ops": "ops-bf16.json", "train": "train-mask_rcnn.json"}
+CUT |= {"tests": "tests.txt", "tune": "tune.json"}
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ case "$*" in
     *--table*)
         [ -z "$REAL" ] || exec {python} "$@"
         echo "table made of ${{@: -1}}" ;;
-    *"normplug bench"* | *benchmark_train*)
+    *"normplug bench"* | *benchmark_train* | *tune_kernels*)
         echo "progress of $1 $2" >&2
         if [ -n "$REAL" ]; then
             set -- "${{@/#cuda/cpu}}"
@@ -222,7 +223,7 @@ def test_rows_of_the_benchmark_are_kept(start, tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "words"),
     [
-        ("gpu_check.sh", ["smok"], "'smok' is no stage and no option; stages are smoke, ops, train and tests"),
+        ("gpu_check.sh", ["smok"], "'smok' is no stage and no option; stages are smoke, ops, train, tests and tune"),
         ("gpu_check.sh", ["--seconds", "0"], "--seconds must be a whole number of 1 or more, got '0'"),
         ("gpu_check.sh", ["--seconds", "1.5"], "got '1.5'"),
         ("gpu_check.sh", ["smoke", "--out"], "--out needs a value"),

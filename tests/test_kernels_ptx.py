@@ -90,6 +90,23 @@ def test_teams_wait_for_each_other(compiled):
     assert not [kernel["name"] for kernel in compiled if kernel["cooperative"] and kernel not in teams]
 
 
+@pytest.mark.slow
+def test_who_joins_sees_what_the_others_stored(compiled):
+    """One operation of the whole GPU releases what a program has stored and acquires what the others have."""
+    gathering = "_partial_statistics", "_channel_sums"
+    kernels = [kernel for kernel in compiled if kernel["name"].split()[0].split(":")[1] in gathering]
+    joining = [k for k in kernels if any(i.startswith("atom") for i in k["instructions"])]
+    assert {k["name"].split()[0].split(":")[1] for k in joining} == set(gathering)
+    for kernel in joining:
+        atoms = [name for name in kernel["instructions"] if name.startswith(("atom", "red"))]
+        assert len(atoms) == 1, kernel["name"]
+        assert {"acq_rel", "gpu", "global"} <= set(atoms[0].split(".")), atoms
+        assert any(name.startswith("ld.global.cg") for name in kernel["instructions"]), kernel["name"]
+        assert kernel["instructions"].get("bar.sync", 0) + kernel["instructions"].get("barrier.sync", 0) >= 2
+    # statistics are always joined, sums unless an all-reduce or the batch's variance comes between
+    assert all(k in joining for k in kernels if "_partial_statistics" in k["name"])
+
+
 def test_masked_loads_say_what_the_rest_is():
     """Where the mask is false and there is no ``other``, the interpreter loads 0 and a GPU anything."""
     loads = [

@@ -1,4 +1,4 @@
-"""Teams of programs: their barrier, in every order in which programs may run, and what is planned."""
+"""Programs that meet, by a barrier or by counting in, in every order in which they may run; and what is planned."""
 
 from collections import deque
 
@@ -11,7 +11,7 @@ if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
 
 from normplug.bench import paper
-from normplug.kernels import _launch, _teams
+from normplug.kernels import _launch, _passes, _teams
 from normplug.kernels._recording import record
 
 SIGN = 1 << 31
@@ -87,6 +87,60 @@ def test_a_wrong_barrier_is_found():
         explore(3, 2, 0, lambda rank, members: SIGN - members if rank == 0 else 1)
     with pytest.raises(AssertionError, match="before it is stored"):
         explore(3, 2, 0, lambda rank, members: SIGN if rank == 0 else 1)
+
+
+# --- counting in, as _gathered has it
+
+
+def joins(members, steps=("store", "count", "join")):
+    """Run all interleavings of a launch, from where the last one left the gate, 0 or the sign bit."""
+    ends = set()
+    for start in 0, SIGN:
+        first = start, 0, ((0, None),) * members
+        seen, todo = {first}, deque([first])
+        while todo:
+            gate, stored, programs = todo.popleft()
+            if all(at == len(steps) for at, _ in programs):
+                assert sum(before is not None and before & (SIGN - 1) == members - 1 for _, before in programs) == 1
+                ends.add(gate)
+            for rank, (at, before) in enumerate(programs):
+                if at == len(steps):
+                    continue
+                new_gate, new_stored, new_before = gate, stored, before
+                if steps[at] == "store":
+                    new_stored |= 1 << rank
+                elif steps[at] == "count":
+                    new_gate, new_before = gate + 1, gate
+                elif before is not None and before & (SIGN - 1) == members - 1:
+                    assert stored == (1 << members) - 1, "a part is read before it is stored"
+                    new_gate = 0
+                state = new_gate, new_stored, (*programs[:rank], (at + 1, new_before), *programs[rank + 1 :])
+                if state not in seen:
+                    seen.add(state)
+                    todo.append(state)
+    return ends
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 4])
+def test_the_last_to_count_itself_in_joins_and_leaves_the_gate_open(members):
+    assert joins(members) == {0}
+
+
+def test_counting_in_too_early_is_found():
+    with pytest.raises(AssertionError, match="before it is stored"):
+        joins(3, ("count", "store", "join"))
+
+
+@pytest.mark.parametrize(("channels_last", "groups"), [(True, 32), (True, 5), (True, 1), (False, 32), (False, 160)])
+def test_a_gate_is_that_of_whole_groups(channels_last, groups):
+    """Also where groups of 32 channels lie across tiles of 64, and where one has more than a tile."""
+    at = _launch.Layout.of(torch.Size((2, 160, 40, 56)), channels_last)
+    tiles, size = _launch.tiling(at), 160 // groups
+    gathering = _passes.Gathering.of(at, tiles, 2, size)
+    width = tiles.block_inner if channels_last else tiles.block_outer
+    covered = gathering.together * width
+    assert covered % size == 0 or covered >= 160
+    assert gathering.gates == 2 * -(-tiles.channel_tiles // gathering.together)
 
 
 # --- what is planned

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # All proof that needs a GPU, in four stages without a network; each is useful alone and takes less than 200 seconds.
 #
-# Usage: tools/gpu_check.sh [--out DIR] [--commit REF] [--seconds N] [smoke|ops|train|tests ...]
+# Usage: tools/gpu_check.sh [--out DIR] [--commit REF] [--seconds N] [smoke|ops|train|tests|tune ...]
 #
 #   smoke   the environment, the clocks, and the kernels' tests
 #   ops     GN, EvoNormS0, BN and ConvWS against torch eager, timm, liger and mmcv: bf16, fp32; then torch.compile
 #   train   training steps of Mask R-CNN in bf16: frozen BN, GN stock and ours, EvoNormS0, CBN; then of I3D
 #   tests   the other tests that know of a GPU, those of ops and layers first
+#   tune    other values of the kernels' constants, each checked and timed: for whoever works on the kernels
 #
-# No stage: all four, in this order. --out: benchmarks/ of this tree unless given; --commit names a copy without .git;
+# No stage: the first four, in this order. --out: benchmarks/ of this tree unless given; --commit names a copy without .git;
 # --seconds: of each stage (180). PYTHON chooses the interpreter.
 #
 # Everything lies in DIR/<gpu>/<date>/ from the moment it is known: rows in *.json, tests in *.txt, the programs'
@@ -37,8 +38,8 @@ while [ $# -gt 0 ]; do
             esac
             shift
             ;;
-        smoke | ops | train | tests) stages+=("$1") ;;
-        *) wrong "'$1' is no stage and no option; stages are smoke, ops, train and tests" ;;
+        smoke | ops | train | tests | tune) stages+=("$1") ;;
+        *) wrong "'$1' is no stage and no option; stages are smoke, ops, train, tests and tune" ;;
     esac
     shift
 done
@@ -146,6 +147,7 @@ table() { # NAME FILE: make the table of a benchmark that did not come to print 
     if [[ $2 != *.json ]] || [ -s "$tables/$1" ] || [ ! -s "$target/$2" ]; then return 1; fi
     local maker=(-m normplug bench)
     [[ $1 != train-* ]] || maker=(tools/benchmark_train.py)
+    [ "$1" != tune ] || maker=(tools/tune_kernels.py)
     "$python" "${maker[@]}" --table "$target/$2" >"$tables/$1" 2>>"$target/log.txt"
 }
 
@@ -223,6 +225,9 @@ for stage in "${stages[@]}"; do
             mapfile -t knowing < <(for word in DEVICE cuda; do grep -lw $word tests/test_[!k]*.py; done | awk '!seen[$0]++')
             tested layers 85 "${knowing[@]}"
             tested large 50 tests/test_kernels*.py -k "$large"
+            ;;
+        tune)
+            part tune tune.json 100 "$python" tools/tune_kernels.py
             ;;
     esac
 done

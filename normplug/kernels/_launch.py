@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -265,8 +266,17 @@ def gates(x: Tensor, stream: int, number: int) -> Tensor:
         return torch.zeros(number, dtype=torch.int32, device=x.device)
     kept = _gates.get(key)
     if kept is None or len(kept) < number:
-        kept = _gates[key] = torch.zeros(max(number, GATES), dtype=torch.int32, device=x.device)
+        # By a thread of its own: what this one allocates may be for a pool that a compiler's CUDA graphs own, which
+        # takes a tensor that stays for a leak.
+        with ThreadPoolExecutor(1) as pool:
+            kept = _gates[key] = pool.submit(_open_gates, x.device, max(number, GATES)).result()
     return kept
+
+
+def _open_gates(device: torch.device, number: int) -> Tensor:
+    counters = torch.zeros(number, dtype=torch.int32, device=device)
+    torch.cuda.current_stream(device).synchronize()  # they are for other streams than this thread's
+    return counters
 
 
 def stream_of(device: int) -> int:
