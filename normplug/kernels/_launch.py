@@ -262,7 +262,7 @@ def gates(x: Tensor, stream: int, number: int) -> Tensor:
     replayed beside any of these, so that each launch that is captured zeroes its own.
     """
     key = x.get_device(), stream
-    if key[0] < 0 or torch.cuda.is_current_stream_capturing():
+    if key[0] >= 0 and torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(number, dtype=torch.int32, device=x.device)
     kept = _gates.get(key)
     if kept is None or len(kept) < number:
@@ -275,7 +275,8 @@ def gates(x: Tensor, stream: int, number: int) -> Tensor:
 
 def _open_gates(device: torch.device, number: int) -> Tensor:
     counters = torch.zeros(number, dtype=torch.int32, device=device)
-    torch.cuda.current_stream(device).synchronize()  # they are for other streams than this thread's
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # they are for other streams than this thread's
     return counters
 
 
