@@ -251,7 +251,7 @@ def options_of(warps: int, constants: dict[str, Any]) -> dict[str, Any]:
 
 # Counters at which programs meet, of each device and stream.
 GATES = 1 << 14
-_gates: dict[tuple[int, int], Tensor] = {}
+_gates: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def gates(x: Tensor, stream: int, number: int) -> Tensor:
@@ -261,8 +261,8 @@ def gates(x: Tensor, stream: int, number: int) -> Tensor:
     be one more kernel for every layer. Launches on one stream do not overlap and share them. A CUDA graph may be
     replayed beside any of these, so that each launch that is captured zeroes its own.
     """
-    key = x.get_device(), stream
-    if key[0] >= 0 and torch._C._cuda_isCurrentStreamCapturing():
+    key = x.device, stream
+    if x.is_cuda and torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(number, dtype=torch.int32, device=x.device)
     kept = _gates.get(key)
     if kept is None or len(kept) < number:
