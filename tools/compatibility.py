@@ -41,7 +41,9 @@ PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- layers: python tools/compatibility.py -->", "<!-- end of layers -->"
 C = 8
 MODES = ("eval", "train")
+TORCH = ".".join(torch.__version__.split(".")[:2])
 Numbers = dict[str, Tensor]
+Outcomes = dict[str, dict[str, list[str]]]  # by layer and mode: what the attempts said
 
 
 # --- rows
@@ -132,7 +134,7 @@ ROWS = [
         lambda: [nn.BatchNorm2d(C), nn.ReLU()],
     ),
     Row("SyncBN", dict(type="SyncBN"), lambda: [nn.BatchNorm2d(C)]),
-    Row("CBN", dict(type="CBN"), lambda: [nn.BatchNorm2d(C)], alike=1),  # then it has a history
+    Row("CBN", dict(type="CBN"), lambda: [nn.BatchNorm2d(C)], alike=1),  # a second step has a history
     Row("FrozenBatchNorm", dict(type="FrozenBatchNorm"), lambda: [frozen()]),
     Row(
         "FrozenBatchNorm, act='relu'",
@@ -140,7 +142,8 @@ ROWS = [
         lambda: [frozen(), nn.ReLU()],
     ),
     Row("EvoNormS0", dict(type="EvoNormS0", num_groups=2), lambda: of_timm("EvoNorm2dS0", groups=2)),
-    Row("EvoNormB0", dict(type="EvoNormB0"), lambda: of_timm("EvoNorm2dB0", eps=1e-5)),
+    # with timm's running variance, in the place of the authors'
+    Row("EvoNormB0", dict(type="EvoNormB0", running_unbiased=True), lambda: of_timm("EvoNorm2dB0", eps=1e-5)),
     Row("FRN", dict(type="FRN"), lambda: of_timm("FilterResponseNormTlu2d", eps=1e-6)),
     Row("ConvWS1d", dict(type="ConvWS1d", padding=1), lambda: [plain_conv_ws(nn.Conv1d)(C, C, 3, padding=1)], axes=1),
     Row("ConvWS", dict(type="ConvWS", padding=1), of_mmcv),
@@ -276,7 +279,8 @@ def per_sample(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
 
 def traced(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
     made = torch.jit.trace(copy.deepcopy(net), inputs[0], check_trace=False)
-    made.load_state_dict(net.state_dict())  # in training the example has moved the running statistics
+    for b, before in zip(made.buffers(), net.buffers(), strict=True):
+        b.copy_(before)  # in training the example has moved the running statistics
     compare(steps(made, inputs), steps(other, inputs))
 
 
@@ -307,12 +311,12 @@ def exported(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
 def onnx(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
     import onnxruntime
 
-    x = inputs[0]
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+    x, axes = inputs[0], [*dynamic(inputs[0])]
+    with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/net.onnx"
         for kwargs in (
             dict(dynamo=True, dynamic_shapes=(dynamic(x),), verbose=False),
-            dict(dynamo=False, dynamic_axes={"x": [*dynamic(x)]}, input_names=["x"], opset_version=17),
+            dict(dynamo=False, dynamic_axes=dict(x=axes, y=axes), input_names=["x"], output_names=["y"]),
         ):
             torch.onnx.export(net, (x,), file, **kwargs)
             session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -403,20 +407,173 @@ def attempt(row: Row, column: Column, mode: str, stock: bool = False) -> str:
     return "yes"
 
 
-def try_column(name: str) -> dict[str, dict[str, list[str]]]:
-    """Return by row and mode what becomes of the layer and, where that is not "yes", of its counterpart."""
-    column, results = COLUMNS[name], {}
+def try_column(name: str) -> Outcomes:
+    """Return what becomes of each layer and, where that is not "yes", of its counterpart."""
+    column = COLUMNS[name]
+    outcomes: Outcomes = {}
     for row in ROWS:
-        results[row.name] = {}
+        outcomes[row.name] = {}
         for mode in column.modes:
             found = [attempt(row, column, mode)]
             if found != ["yes"]:
                 found.append(attempt(row, column, mode, stock=True))
-            results[row.name][mode] = found
-    return results
+            outcomes[row.name][mode] = found
+    return outcomes
+
+
+# --- the page
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something does not work: found in what the attempt says; in a word or two; in full."""
+
+    pattern: str
+    word: str
+    sentence: str
+
+
+REASONS = [
+    Reason(
+        "did not find fuser method",
+        "no batch norm",
+        "torch fuses batch norms into convolutions, and nothing else. Graph-mode quantization leaves the layer in full "
+        "precision.",
+    ),
+    Reason(
+        "is no batch norm that torch can train in quantization",
+        "stock BN only",
+        "What torch trains in quantization has a BatchNorm of its own in it. Fuse in evaluation, or take "
+        "`nn.BatchNorm2d`, whose state dict is the same.",
+    ),
+    Reason(
+        "cannot be fused into the convolution before it, which would drop its activation",
+        "has act",
+        "The convolution that is left would drop the activation. Without `act`, and with a module behind the layer, "
+        "it is fused.",
+    ),
+    Reason(
+        "is trained in Python alone",
+        "Python",
+        "Its training needs what TorchScript does not have: our ops, processes, or a history.",
+    ),
+    Reason(
+        "Skip calling `torch.compiler.disable",
+        "Python",
+        "In training it looks at the convolution before it and keeps a history, in Python: without `fullgraph=True` "
+        "the graph breaks there, and the rest is compiled.",
+    ),
+    Reason(
+        "unhashable type: non-nested SymInt|calling .item\\(\\) on a Tensor",
+        "Python",
+        "In training it looks at the convolution before it and keeps a history, in Python, which a program, or a "
+        "batch of calls in one, has not.",
+    ),
+]
+
+
+def reason(said: str) -> Reason:
+    """Return why an attempt failed; what it says where nobody has explained that yet."""
+    for known in REASONS:
+        if re.search(known.pattern, said):
+            return known
+    wrong = said.startswith(WrongNumbersError.__name__)
+    return Reason(said, "wrong numbers" if wrong else "fails", f"Not explained: {said.splitlines()[0][:200]}")
+
+
+def cell(modes: dict[str, list[str]], numbers: dict[str, int]) -> str:
+    """Return what the table says of a layer and a column.
+
+    Args:
+        modes: What the attempts in each mode said.
+        numbers: Of the footnotes so far, by their text; grows.
+    """
+    failed = {mode: said for mode, said in modes.items() if said[0] != "yes"}
+    if not failed:
+        return "yes"
+    reasons = [reason(said[0]) for said in failed.values()]
+    notes = sorted({numbers.setdefault(r.sentence, len(numbers) + 1) for r in reasons})
+    if len(failed) < len(modes):
+        word = " and ".join(mode for mode in modes if mode not in failed) + " only"
+        word = word if reasons[0] in REASONS else f"{word}: {reasons[0].word}"
+    elif all(said[-1] != "yes" for said in failed.values()):
+        word = "as stock"
+    else:
+        word = reasons[0].word
+    return f"{word} ({', '.join(map(str, notes))})"
+
+
+def section(results: dict[str, Outcomes]) -> str:
+    """Return the part of the page that is made of the outcomes of every column."""
+    numbers: dict[str, int] = {}
+    rows = [["Layer", *COLUMNS]]
+    for row in ROWS:
+        rows.append([f"`{row.name}`", *(cell(results[name][row.name], numbers) for name in COLUMNS)])
+    notes = "\n".join(f"{number}. {sentence}" for sentence, number in numbers.items())
+    return f"{INTRODUCTION}\n{markdown_table(rows)}\n\n{notes}\n"
+
+
+INTRODUCTION = f"""## Layers
+
+What torch does to a model, tried with every layer that a config can name: in evaluation and in training, two steps on
+inputs of two sizes, behind a convolution. "yes" says that the numbers are right: outputs, gradients and running
+statistics are those of the layer itself, or, in the first two columns and those of derivatives, those of its stock
+counterpart: torch's GroupNorm and BatchNorm, torchvision's FrozenBatchNorm2d, timm's EvoNorms and FRN, mmcv's ConvWS.
+"as stock": the counterpart cannot do it either.
+
+- CBN is compared with its counterpart in its first step: later ones have a history.
+- AMP: `torch.autocast`, bfloat16, which the output keeps. compile: `fullgraph=True`, backend `aot_eager`.
+- forward mode: `torch.func.jvp`, for input and parameters. vmap: gradients per sample. Buffers are handed over.
+- export: number of samples and all sizes dynamic. ONNX: both exporters, dynamic; onnxruntime's output.
+- quantization fuse: `fuse_modules`, in training `fuse_modules_qat`. FSDP: `fully_shard`, one process, gloo.
+- checkpointing: `torch.utils.checkpoint`, reentrant or not.
+
+Made on a CPU with torch {TORCH} by
+
+    python tools/compatibility.py
+"""
+
+
+def fresh_page(results: dict[str, Outcomes]) -> str:
+    """Return the page with a new section in the place of the old one."""
+    head, rest = PAGE.read_text().split(BEGIN)
+    return f"{head}{BEGIN}\n\n{section(results)}\n{END}{rest.split(END)[1]}"
+
+
+def in_own_process(name: str) -> Outcomes:
+    command = [sys.executable, str(Path(__file__).resolve()), "--column", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    print(f"tried {name}", file=sys.stderr, flush=True)
+    return json.loads(done.stdout)
+
+
+def try_all() -> dict[str, Outcomes]:
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(COLUMNS, pool.map(in_own_process, COLUMNS), strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="change nothing, tell whether the table is fresh")
+    p.add_argument("--column", choices=COLUMNS, help="print what becomes of one column, as JSON, and write no page")
+    args = p.parse_args(argv)
+    if args.column:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        with redirect_stdout(sys.stderr):  # some print
+            outcomes = try_column(args.column)
+        print(json.dumps(outcomes, indent=1))
+        return 0
+    fresh = fresh_page(try_all())
+    if args.check:
+        stale = fresh != PAGE.read_text()
+        if stale:
+            print("docs/compatibility.md: the table is stale; run python tools/compatibility.py", file=sys.stderr)
+        return int(stale)
+    PAGE.write_text(fresh)
+    print(PAGE.relative_to(ROOT))
+    return 0
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    print(json.dumps(try_column(sys.argv[1]), indent=1))
+    raise SystemExit(main())

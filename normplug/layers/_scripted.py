@@ -103,8 +103,9 @@ def batch_norm(
     m, v = widened(mean, x), widened(var, x)
     z = F.batch_norm(x.to(wide_dtype(x)), m, v, widened(weight, x), widened(bias, x), by_batch, factor, eps)
     if training and mean is not None and var is not None and m is not None and v is not None:
-        mean.copy_(m)  # of a half type they are copies
-        var.copy_(v)
+        if mean.dtype != m.dtype:  # of a half type they are copies; what backward has kept is not written to
+            mean.copy_(m)
+            var.copy_(v)
     return finish(z, own, act, residual, x)
 
 
