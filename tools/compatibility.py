@@ -278,7 +278,9 @@ def per_sample(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
 
 
 def traced(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
-    made = torch.jit.trace(copy.deepcopy(net), inputs[0], check_trace=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*is trained in Python alone", torch.jit.TracerWarning)
+        made = torch.jit.trace(copy.deepcopy(net), inputs[0], check_trace=False)
     for b, before in zip(made.buffers(), net.buffers(), strict=True):
         b.copy_(before)  # in training the example has moved the running statistics
     compare(steps(made, inputs), steps(other, inputs))

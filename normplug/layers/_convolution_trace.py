@@ -42,7 +42,11 @@ class Convolution:
         """Return the weight that it really uses, without a gradient."""
         with torch.no_grad():
             standardized = getattr(self.module, "standardized_weight", None)
-            return (self.module.weight if standardized is None else standardized()).detach()
+            return (_whole(self.module.weight) if standardized is None else standardized()).detach()
+
+    def bias(self) -> Tensor | None:
+        """Return its bias, without a gradient."""
+        return None if self.module.bias is None else _whole(self.module.bias.detach())
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def take(layer: nn.Module, x: Tensor) -> Convolution:
         f"{name} corrects its statistics by the weight of that convolution. Put {name} directly behind a Conv1d, "
         f"Conv2d or Conv3d that is in training mode, or use another norm here, for example GN or BN."
     )
-    if record is None or record[2]() is not x:
+    if record is None or not _is_same(x, record[2]()):
         source = _local.last.source() if _local.last.made() is x else None
         if source is not None:
             made = f" It is the output of {described(source)}."
@@ -171,8 +175,23 @@ def described(module: nn.Module) -> str:
 def forget(x: Tensor) -> None:
     """Stop holding on to the input of the convolution that computed x, if it was the last."""
     record = _local.last.record
-    if record is not None and record[2]() is x:
+    if record is not None and _is_same(x, record[2]()):
         _local.last.record = None
+
+
+def _is_same(x: Tensor, y: Tensor | None) -> bool:
+    """Tell whether x is y, or what hooks make of it that wait for a gradient (full backward hooks, FSDP): all of y."""
+    if x is y:
+        return True
+    if y is None or x._base is not y:
+        return False
+    return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a parameter as it was when its layer was called: fully_shard may have split it since, into a DTensor."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:
