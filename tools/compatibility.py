@@ -343,16 +343,19 @@ def sharded(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    for module in net:
-        if any(True for _ in module.parameters()):
-            fully_shard(module, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    got = steps(net, inputs)
-    compare({name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in got.items()}, steps(other, inputs))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in net:
+            if any(True for _ in module.parameters()):
+                fully_shard(module, mesh=mesh)
+        got = steps(fully_shard(net, mesh=mesh), inputs)
+        got = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in got.items()}
+    finally:
+        dist.destroy_process_group()
+    compare(got, steps(other, inputs))
 
 
 def checkpointed(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
@@ -495,9 +498,10 @@ def cell(modes: dict[str, list[str]], numbers: dict[str, int]) -> str:
         return "yes"
     reasons = [reason(said[0]) for said in failed.values()]
     notes = sorted({numbers.setdefault(r.sentence, len(numbers) + 1) for r in reasons})
-    if len(failed) < len(modes):
+    if unexplained := [r.word for r in reasons if r not in REASONS]:
+        word = unexplained[0]
+    elif len(failed) < len(modes):
         word = " and ".join(mode for mode in modes if mode not in failed) + " only"
-        word = word if reasons[0] in REASONS else f"{word}: {reasons[0].word}"
     elif all(said[-1] != "yes" for said in failed.values()):
         word = "as stock"
     else:
@@ -554,11 +558,15 @@ def try_all() -> dict[str, Outcomes]:
         return dict(zip(COLUMNS, pool.map(in_own_process, COLUMNS), strict=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true", help="change nothing, tell whether the table is fresh")
     p.add_argument("--column", choices=COLUMNS, help="print what becomes of one column, as JSON, and write no page")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     if args.column:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)

@@ -39,10 +39,23 @@ class Convolution:
         return tuple(p._version for p in self.module.parameters())
 
     def filters(self) -> Tensor:
-        """Return the weight that it really uses, without a gradient."""
+        """Return the weight that it really uses, without a gradient.
+
+        Raises:
+            ValueError: If a sharded model has put the weight away when the convolution was done.
+        """
+        conv = self.module
         with torch.no_grad():
-            standardized = getattr(self.module, "standardized_weight", None)
-            return (_whole(self.module.weight) if standardized is None else standardized()).detach()
+            standardized = getattr(conv, "standardized_weight", None)
+            weight = (_whole(conv.weight) if standardized is None else standardized()).detach()
+        expected = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if weight.shape != expected:
+            raise ValueError(
+                f"CBN corrects its statistics by the weight of {described(conv)}, but got one of shape "
+                f"{tuple(weight.shape)} in place of {expected}. Under FSDP make one unit of the convolution and the "
+                f"norm behind it, as ModuleWrapPolicy({{ConvModule}}) does, or take fully_shard."
+            )
+        return weight
 
     def bias(self) -> Tensor | None:
         """Return its bias, without a gradient."""
