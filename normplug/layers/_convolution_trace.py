@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from normplug.ops._registration import in_torch
+
 __all__ = ["Convolution", "described", "eagerly", "follow", "forget", "leave", "take"]
 
 
@@ -49,11 +51,12 @@ class Convolution:
             standardized = getattr(conv, "standardized_weight", None)
             weight = (_whole(conv.weight) if standardized is None else standardized()).detach()
         expected = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-        if weight.shape != expected:
+        if weight.shape != expected or _is_put_away(weight):
             raise ValueError(
-                f"CBN corrects its statistics by the weight of {described(conv)}, but got one of shape "
-                f"{tuple(weight.shape)} in place of {expected}. Under FSDP make one unit of the convolution and the "
-                f"norm behind it, as ModuleWrapPolicy({{ConvModule}}) does, or take fully_shard."
+                f"CBN corrects its statistics by the weight of {described(conv)}, of shape {expected}, but got one "
+                f"of shape {tuple(weight.shape)}{' without memory' * (weight.shape == expected)}. Under FSDP make one "
+                f"unit of the convolution and the norm behind it, as ModuleWrapPolicy({{ConvModule}}) does, or take "
+                f"fully_shard."
             )
         return weight
 
@@ -199,6 +202,11 @@ def _is_same(x: Tensor, y: Tensor | None) -> bool:
     if y is None or x._base is not y:
         return False
     return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
+
+
+def _is_put_away(weight: Tensor) -> bool:
+    """Tell whether FSDP has freed the memory of a weight; of tensors of torch.func that cannot be asked."""
+    return not in_torch() and weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
 
 
 def _whole(parameter: Tensor) -> Tensor:
