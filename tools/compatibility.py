@@ -17,8 +17,8 @@ import argparse
 import copy
 import io
 import json
+import multiprocessing
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -409,6 +410,8 @@ def attempt(row: Row, column: Column, mode: str, stock: bool = False) -> str:
         column.trial(net, other, inputs)
     except Exception as error:  # whatever it is, it is the result
         return f"{type(error).__name__}: {error}"
+    finally:
+        net.eval(), other.eval()  # while a CBN trains, a hook follows every convolution, of later rows too
     return "yes"
 
 
@@ -546,14 +549,24 @@ def fresh_page(results: dict[str, Outcomes]) -> str:
     return f"{head}{BEGIN}\n\n{section(results)}\n{END}{rest.split(END)[1]}"
 
 
+def write_column(_rank: int, name: str, file: str) -> None:
+    """The whole life of a process: one column, its outcomes to a file."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with redirect_stdout(sys.stderr):  # some print
+        Path(file).write_text(json.dumps(try_column(name), indent=1))
+
+
 def in_own_process(name: str) -> Outcomes:
-    command = [sys.executable, str(Path(__file__).resolve()), "--column", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    print(f"tried {name}", file=sys.stderr, flush=True)
-    return json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/outcomes.json"
+        mp.start_processes(write_column, (name, file), nprocs=1, start_method="forkserver")
+        print(f"tried {name}", file=sys.stderr, flush=True)
+        return json.loads(Path(file).read_text())
 
 
 def try_all() -> dict[str, Outcomes]:
+    multiprocessing.set_forkserver_preload(["normplug", "timm.layers", "torch._dynamo"])  # what takes long to import
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(COLUMNS, pool.map(in_own_process, COLUMNS), strict=True))
 
@@ -568,11 +581,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.column:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        with redirect_stdout(sys.stderr):  # some print
-            outcomes = try_column(args.column)
-        print(json.dumps(outcomes, indent=1))
+        print(json.dumps(in_own_process(args.column), indent=1))
         return 0
     fresh = fresh_page(try_all())
     if args.check:
