@@ -44,6 +44,7 @@ NORMS = {
     "BN": dict(norm_cfg=dict(type="BN")),
     "SyncBN": dict(norm_cfg=dict(type="SyncBN")),
     "CBN": dict(norm_cfg=dict(type="CBN", buffer_num=2, burnin=1)),
+    "CBN+WS": dict(norm_cfg=dict(type="CBN", buffer_num=2, burnin=1), conv_cfg=dict(type="ConvWS")),
     "GN": dict(norm_cfg=dict(type="GN", num_groups=4)),
     "GN+WS": dict(norm_cfg=dict(type="GN", num_groups=4), conv_cfg=dict(type="ConvWS")),
     "EvoNormB0": dict(norm_cfg=dict(type="EvoNormB0")),

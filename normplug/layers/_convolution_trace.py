@@ -8,7 +8,8 @@ checkpointing) and never triggers a recomputation. It is there as long as a laye
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +48,9 @@ class Convolution:
             ValueError: If a sharded model has put the weight away when the convolution was done.
         """
         conv = self.module
-        with torch.no_grad():
+        with torch.no_grad(), _gathered(conv):
             standardized = getattr(conv, "standardized_weight", None)
-            weight = (_whole(conv.weight) if standardized is None else standardized()).detach()
+            weight = (conv.weight if standardized is None else standardized()).detach()
         expected = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         if weight.shape != expected or _is_put_away(weight):
             raise ValueError(
@@ -62,7 +63,8 @@ class Convolution:
 
     def bias(self) -> Tensor | None:
         """Return its bias, without a gradient."""
-        return None if self.module.bias is None else _whole(self.module.bias.detach())
+        with torch.no_grad(), _gathered(self.module):
+            return None if self.module.bias is None else self.module.bias.detach()
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -209,10 +211,16 @@ def _is_put_away(weight: Tensor) -> bool:
     return not in_torch() and weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """Return a parameter as it was when its layer was called: fully_shard may have split it since, into a DTensor."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
+@contextmanager
+def _gathered(conv: _ConvNd) -> Iterator[None]:
+    """Give a convolution the parameters that it was called with: fully_shard may have split them since."""
+    own = conv._parameters
+    whole = {name: p.full_tensor() for name, p in own.items() if hasattr(p, "full_tensor")}
+    conv.__dict__["_parameters"] = {**own, **whole}
+    try:
+        yield
+    finally:
+        conv.__dict__["_parameters"] = own
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:
