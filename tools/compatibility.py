@@ -15,6 +15,7 @@ Exit code: 0 the table is (now) fresh; 1 with --check: it is stale.
 
 import argparse
 import copy
+import difflib
 import io
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,6 @@ MODES = ("eval", "train")
 TORCH = ".".join(torch.__version__.split(".")[:2])
 Numbers = dict[str, Tensor]
 Outcomes = dict[str, dict[str, list[str]]]  # by layer and mode: what the attempts said
-
-
-# --- rows
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,6 @@ ROWS = [
 ]
 
 
-# --- numbers
-
-
 class WrongNumbersError(Exception):
     """Something ran and gave other numbers."""
 
@@ -204,9 +199,6 @@ def as_function(net: nn.Module) -> tuple[Callable[..., Tensor], Numbers]:
         return functional_call(net, parameters | {name: b.clone() for name, b in buffers.items()}, (x,))
 
     return function, {name: p.detach() for name, p in net.named_parameters()}
-
-
-# --- columns: each takes a network to try, another to compare with, and inputs
 
 
 def eager(net: nn.Module, other: nn.Module, inputs: list[Tensor]) -> None:
@@ -380,7 +372,7 @@ class Column:
 
     trial: Callable[[nn.Module, nn.Module, list[Tensor]], None]
     stock: bool = False
-    modes: Sequence[str] = field(default=MODES)
+    modes: Sequence[str] = MODES
 
 
 COLUMNS = {
@@ -427,9 +419,6 @@ def try_column(name: str) -> Outcomes:
                 found.append(attempt(row, column, mode, stock=True))
             outcomes[row.name][mode] = found
     return outcomes
-
-
-# --- the page
 
 
 @dataclass(frozen=True)
@@ -585,10 +574,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     fresh = fresh_page(try_all())
     if args.check:
-        stale = fresh != PAGE.read_text()
-        if stale:
+        page = PAGE.read_text()
+        if fresh != page:
+            changed = difflib.unified_diff(page.splitlines(), fresh.splitlines(), "page", "fresh", lineterm="", n=0)
+            print(*changed, sep="\n", file=sys.stderr)
             print("docs/compatibility.md: the table is stale; run python tools/compatibility.py", file=sys.stderr)
-        return int(stale)
+        return int(fresh != page)
     PAGE.write_text(fresh)
     print(PAGE.relative_to(ROOT))
     return 0
