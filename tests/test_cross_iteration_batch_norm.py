@@ -621,6 +621,27 @@ def test_checkpointing_around_the_norm_alone():
         same(bare.state_dict(), kept.state_dict())
 
 
+@pytest.mark.parametrize("where", ["conv", "norm", "both"])
+@pytest.mark.parametrize("geometry", ["1d", "2d", "3d"])
+def test_hooks_for_gradients_change_nothing(where, geometry):
+    """With a full backward hook, or under fully_shard, a layer gets a view of the tensor that was handed to it."""
+    net, kept = pair(geometry), pair(geometry)
+    kept.load_state_dict(net.state_dict())
+    seen = []
+    for layer in [net.conv, net.norm] if where == "both" else [getattr(net, where)]:
+        layer.register_full_backward_hook(lambda module, of_input, of_output: seen.append(module))
+    xs = [x.requires_grad_() for x in batches(3, geometry)]
+    same(train(net, xs), train(kept, xs))
+    assert seen
+
+
+@pytest.mark.parametrize("part", [lambda y: y[:1], lambda y: y.flip(1), lambda y: y.transpose(2, 3)])
+def test_a_part_of_an_output_is_no_output(part):
+    net = pair()
+    with pytest.raises(ValueError, match="must normalize the output of a convolution"):
+        net.norm(part(net.conv(batch())))
+
+
 # --- precision and layouts
 
 

@@ -247,6 +247,7 @@ NOT_RUN = [
     NotRun(r"--more-a", "needs trainings of several seeds; tests/test_compare_seeds.py has them", parses),
     NotRun(r"kernel_facts\.py", "an hour of compiling; tests/test_kernels.py does a part", configs_exist),
     NotRun(r"benchmark_train\.py", "needs a GPU; tests/test_benchmark_train.py has a tiny one", parses),
+    NotRun(r"compatibility\.py$", "a minute; tests/test_compatibility.py runs it", parses),
     NotRun(r"compatible_models\.py$", "hours; tests/test_toolkit_families.py has a sample", parses),
     NotRun(r"peer_suites\.py", "needs checkouts; tests/test_peer_suites.py has a small one", parses_folder),
     NotRun(r"gpu_wheels\.sh", "fetches packages", tool_exists),

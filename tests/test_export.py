@@ -204,13 +204,26 @@ def test_torchscript(name):
         assert_same(torch.jit.script(half), half, x.to(dtype))
 
 
+def train(net, xs):
+    """Outputs and gradients of a step with each input, and the state then."""
+    results = []
+    for x in xs:
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        torch.manual_seed(1)
+        results.append([y, *torch.autograd.grad(y, [leaf, *net.parameters()], torch.randn_like(y))])
+    return results, dict(net.state_dict())
+
+
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_torchscript_trains_a_batch_norm(momentum):
-    layer = shaken(BatchNormAct(C, momentum=momentum, act="silu")).train()
+@pytest.mark.parametrize("act", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchscript_trains_a_batch_norm(momentum, act, dtype):
+    layer = shaken(BatchNormAct(C, momentum=momentum, act=act)).train().to(dtype)
     script = torch.jit.script(copy.deepcopy(layer))
-    for x in inputs(layer):
-        torch.testing.assert_close(script(x), layer(x))
-    torch.testing.assert_close(dict(script.state_dict()), dict(layer.state_dict()))
+    xs = [x.to(dtype) for x in inputs(layer)]
+    tolerances = {} if dtype == torch.float32 else dict(rtol=0.02, atol=0.02)
+    torch.testing.assert_close(train(script, xs), train(layer, xs), **tolerances)
 
 
 @pytest.mark.parametrize("name", ["SyncBN", "CBN", "EvoNormB0"])
@@ -270,10 +283,28 @@ def test_exported_for_inputs_of_any_size(names, limits, strict):
     net.compare(torch.export.load(saved).module(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["BNAct", "BNAct-relu", "SyncBN", "EvoNormB0"])
+def test_exported_in_training(name):
+    """Of layers with running statistics, too: they move, and the program can be saved."""
+    layer = build(name).train()
+    xs = inputs(layer)
+    dims = {axis: Dim(f"axis{axis}") for axis in (0, 2, 3)}
+    saved = io.BytesIO()
+    torch.export.save(torch.export.export(copy.deepcopy(layer), (xs[0],), dynamic_shapes=(dims,)), saved)
+    saved.seek(0)
+    torch.testing.assert_close(train(torch.export.load(saved).module(), xs), train(layer, xs))
+
+
 @pytest.mark.parametrize(("names", "limits"), sides())
 def test_compiled_for_inputs_of_any_size(names, limits):
     net = Side(names)
     net.compare(torch.compile(net, dynamic=True, fullgraph=True, backend="aot_eager"))
+
+
+def test_a_trace_of_cbn_in_training_says_what_it_has_not():
+    net = nn.Sequential(nn.Conv2d(C, C, 3), CrossIterationBatchNorm(C)).to(DEVICE)
+    with pytest.warns(torch.jit.TracerWarning, match=r"has no history of batches. Call eval\(\) before"):
+        torch.jit.trace(net, inputs(net[1])[0], check_trace=False)
 
 
 def test_a_trace_is_of_no_certain_size():

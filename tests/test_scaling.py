@@ -20,8 +20,10 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector
 
 import normplug  # noqa: F401  registers the layers
@@ -42,6 +44,7 @@ NORMS = {
     "BN": dict(norm_cfg=dict(type="BN")),
     "SyncBN": dict(norm_cfg=dict(type="SyncBN")),
     "CBN": dict(norm_cfg=dict(type="CBN", buffer_num=2, burnin=1)),
+    "CBN+WS": dict(norm_cfg=dict(type="CBN", buffer_num=2, burnin=1), conv_cfg=dict(type="ConvWS")),
     "GN": dict(norm_cfg=dict(type="GN", num_groups=4)),
     "GN+WS": dict(norm_cfg=dict(type="GN", num_groups=4), conv_cfg=dict(type="ConvWS")),
     "EvoNormB0": dict(norm_cfg=dict(type="EvoNormB0")),
@@ -109,7 +112,32 @@ SHARDED = {  # how FSDP wraps, and what a GPU would do by itself
 }
 
 
+FULLY_SHARDED = {"blocks": ConvModule, "layers": (nn.Conv2d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)}
+
+
+def alone(rank):
+    """What CBN says of a convolution that is a unit of its own, whose weight has gone when it was done."""
+    by_itself = ModuleWrapPolicy({nn.Conv2d})
+    model = FullyShardedDataParallel(built("CBN"), device_id=torch.device("cpu"), auto_wrap_policy=by_itself)
+    try:
+        trained(model, rank)
+    except ValueError as error:
+        return str(error)
+
+
+def fully_sharded(rank, norm, what):
+    """Shard by torch's second FSDP, each block or each layer by itself."""
+    model, mesh = built(norm), init_device_mesh("cpu", (WORLD,))
+    for module in [m for m in model.modules() if isinstance(m, FULLY_SHARDED[what])]:
+        if any(True for _ in module.parameters()):
+            fully_shard(module, mesh=mesh)
+    losses, state = trained(fully_shard(model, mesh=mesh), rank)
+    return losses, {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+
+
 def sharded(rank, norm, how):
+    if how in FULLY_SHARDED:
+        return fully_sharded(rank, norm, how)
     model = built(norm)
     if how.endswith("fused"):
         fuse_activations(standardize_together(model, ("cpu",)), ("cpu",))
@@ -178,8 +206,9 @@ def work(rank, path):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=WORLD)
-    results = {(norm, how): sharded(rank, norm, how) for norm in NORMS for how in SHARDED}
+    results = {(norm, how): sharded(rank, norm, how) for norm in NORMS for how in (*SHARDED, *FULLY_SHARDED)}
     results |= {norm: replicated(rank, norm) for norm in NORMS}
+    results["alone"] = alone(rank)
     results["runners"] = runners(path)
     torch.save(results, f"{path}/{rank}.pt")
     dist.destroy_process_group()
@@ -195,7 +224,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", SHARDED)
+@pytest.mark.parametrize("how", [*SHARDED, *FULLY_SHARDED])
 @pytest.mark.parametrize("norm", NORMS)
 def test_sharding_changes_nothing(norm, how, ranks):
     for rank, results in enumerate(ranks[1]):
@@ -205,6 +234,12 @@ def test_sharding_changes_nothing(norm, how, ranks):
         assert state.keys() == want.keys()
         if rank == 0:  # buffers are each rank's own: those of rank 0 go into checkpoints
             torch.testing.assert_close(state, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_cbn_needs_the_convolution_in_its_unit(ranks):
+    for results in ranks[1]:
+        assert "make one unit of the convolution and the norm behind it" in results["alone"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ STEPS = [
     ["tools/layer_table.py", "--check"],
     ["tools/make_configs.py", "--check"],
     ["tools/results_table.py", "--check"],
+    ["tools/compatibility.py", "--check"],
     ["pytest"],
 ]
 

@@ -113,6 +113,7 @@ def update_running(layer: nn.Module, mean: Tensor | None, var: Tensor) -> None:
     factor: float | Tensor = layer.momentum
     if factor is None:  # the mean over all batches; a tensor, so that no device has to wait for the host
         factor = 1 / count.to(wide)
+    mean, var = (None if t is None else t.detach() for t in (mean, var))
     pairs = [(running, new) for running, new in ((running_mean, mean), (running_var, var)) if running is not None]
     together = _move_together(pairs, wide, factor)
     if together:
@@ -284,8 +285,7 @@ class LocalBatchNorm(ConversionGuard):
             return self._stock(x)
         y, mean, var = batch_norm_act(x, self.weight, self.bias, self.eps, act, residual, correction=1)
         if self.training and values_per_channel(x):
-            with torch.no_grad():
-                update_running(self, mean, var)
+            update_running(self, mean, var)
         return y
 
     def _stock(self, x: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def _has_made(conv: Convolution, geometry: dict[str, Any], y: Tensor) -> bool:
     """Whether y is the output of the convolution with this geometry."""
     assert conv.input is not None
     x, filters = conv.input.detach().to(y.dtype), conv.filters().to(y.dtype)
-    bias = None if conv.module.bias is None else conv.module.bias.detach().to(y.dtype)
+    bias = conv.bias()
+    bias = None if bias is None else bias.to(y.dtype)
     mode = geometry["padding_mode"]
     pairs = [geometry["padding"][i : i + 2] for i in range(0, len(geometry["padding"]), 2)]
     x = F.pad(x, [n for pair in reversed(pairs) for n in pair], "constant" if mode == "zeros" else mode)

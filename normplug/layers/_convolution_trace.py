@@ -8,13 +8,16 @@ checkpointing) and never triggers a recomputation. It is there as long as a laye
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from normplug.ops._registration import in_torch
 
 __all__ = ["Convolution", "described", "eagerly", "follow", "forget", "leave", "take"]
 
@@ -39,10 +42,29 @@ class Convolution:
         return tuple(p._version for p in self.module.parameters())
 
     def filters(self) -> Tensor:
-        """Return the weight that it really uses, without a gradient."""
-        with torch.no_grad():
-            standardized = getattr(self.module, "standardized_weight", None)
-            return (self.module.weight if standardized is None else standardized()).detach()
+        """Return the weight that it really uses, without a gradient.
+
+        Raises:
+            ValueError: If a sharded model has put the weight away when the convolution was done.
+        """
+        conv = self.module
+        with torch.no_grad(), _gathered(conv):
+            standardized = getattr(conv, "standardized_weight", None)
+            weight = (conv.weight if standardized is None else standardized()).detach()
+        expected = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if weight.shape != expected or _is_put_away(weight):
+            raise ValueError(
+                f"CBN corrects its statistics by the weight of {described(conv)}, of shape {expected}, but got one "
+                f"of shape {tuple(weight.shape)}{' without memory' * (weight.shape == expected)}. Under FSDP make one "
+                f"unit of the convolution and the norm behind it, as ModuleWrapPolicy({{ConvModule}}) does, or take "
+                f"fully_shard."
+            )
+        return weight
+
+    def bias(self) -> Tensor | None:
+        """Return its bias, without a gradient."""
+        with torch.no_grad(), _gathered(self.module):
+            return None if self.module.bias is None else self.module.bias.detach()
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -138,7 +160,7 @@ def take(layer: nn.Module, x: Tensor) -> Convolution:
         f"{name} corrects its statistics by the weight of that convolution. Put {name} directly behind a Conv1d, "
         f"Conv2d or Conv3d that is in training mode, or use another norm here, for example GN or BN."
     )
-    if record is None or record[2]() is not x:
+    if record is None or not _is_same(x, record[2]()):
         source = _local.last.source() if _local.last.made() is x else None
         if source is not None:
             made = f" It is the output of {described(source)}."
@@ -171,8 +193,34 @@ def described(module: nn.Module) -> str:
 def forget(x: Tensor) -> None:
     """Stop holding on to the input of the convolution that computed x, if it was the last."""
     record = _local.last.record
-    if record is not None and record[2]() is x:
+    if record is not None and _is_same(x, record[2]()):
         _local.last.record = None
+
+
+def _is_same(x: Tensor, y: Tensor | None) -> bool:
+    """Tell whether x is y, or what hooks make of it that wait for a gradient (full backward hooks, FSDP): all of y."""
+    if x is y:
+        return True
+    if y is None or x._base is not y:
+        return False
+    return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
+
+
+def _is_put_away(weight: Tensor) -> bool:
+    """Tell whether FSDP has freed the memory of a weight; of tensors of torch.func that cannot be asked."""
+    return not in_torch() and weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
+
+
+@contextmanager
+def _gathered(conv: _ConvNd) -> Iterator[None]:
+    """Give a convolution the parameters that it was called with: fully_shard may have split them since."""
+    own = conv._parameters
+    whole = {name: p.full_tensor() for name, p in own.items() if hasattr(p, "full_tensor")}
+    conv.__dict__["_parameters"] = {**own, **whole}
+    try:
+        yield
+    finally:
+        conv.__dict__["_parameters"] = own
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:

@@ -102,8 +102,9 @@ def batch_norm(
     by_batch = training or mean is None or var is None
     m, v = widened(mean, x), widened(var, x)
     z = F.batch_norm(x.to(wide_dtype(x)), m, v, widened(weight, x), widened(bias, x), by_batch, factor, eps)
-    if training and mean is not None and var is not None and m is not None and v is not None:
-        mean.copy_(m)  # of a half type they are copies
+    # Of a half type m and v are copies. Else backward has kept the very buffers, and they must not be written to.
+    if training and mean is not None and var is not None and m is not None and v is not None and m.dtype != mean.dtype:
+        mean.copy_(m)
         var.copy_(v)
     return finish(z, own, act, residual, x)
 

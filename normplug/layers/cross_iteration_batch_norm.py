@@ -1,5 +1,6 @@
 """CrossIterationBatchNorm: batch normalization over the batches of several iterations."""
 
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -229,6 +230,13 @@ class CrossIterationBatchNorm(ConversionGuard, _BatchNorm):
             raise RuntimeError(
                 f"{self} cannot be captured in a CUDA graph while it trains: replays would meet the same earlier "
                 f"batches again and again. Leave it out of the captured part, or use BN there."
+            )
+        if torch.jit.is_tracing():
+            warnings.warn(
+                f"{type(self).__name__} is trained in Python alone: what torch.jit.trace makes of it has no history of "
+                f"batches. Call eval() before.",
+                torch.jit.TracerWarning,
+                stacklevel=2,
             )
         with_graph = torch.is_grad_enabled()
         device = "cpu" if x.is_meta else x.device.type  # autocast knows no device "meta"
