@@ -11,7 +11,7 @@ layer of ours is left alone. In the others, five assumptions of the toolkits are
   so does a backbone's ReLU between such norms and behind their sums. Where nothing stands, nothing is added.
 - *Norm, sum and activation are three operations.* GN, BNAct, SyncBN and CBN take the ReLU or SiLU behind them, and the
   residual sum before it, into their own pass over memory, wherever the input is on CUDA; see ``fuse_activations``.
-- *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
+- *A norm with running statistics is a BatchNorm2d.* ``norm_eval``, ``partial_bn`` and their like freeze ours too.
 - *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
 
 On CUDA the weights of a model's ConvWS layers are standardized in one launch: see ``standardize_together``.
@@ -32,7 +32,6 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, Registry
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +40,7 @@ from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d,
 from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of, stock_class
 from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.cross_iteration import check_cross_iteration
+from normplug.openmmlab.finders import as_batch_norms, is_batch_norm
 from normplug.openmmlab.placement import REPLACED, contains_activation, place_activations, places_itself
 from normplug.openmmlab.resnet3d import CallsEveryNormBn, InflatesEveryNorm, load_from_detectron_as_rgb
 
@@ -313,23 +313,23 @@ class FusesInBlock3d(Fuses):
 
 
 class FreezesEveryStatistic:
-    """``norm_eval=True`` of the toolkits' backbones for layers that keep statistics without being a BatchNorm."""
+    """``train`` of the toolkits' classes, which freeze batch norms in it: norm_eval, partial_bn, bn_eval, bn_frozen.
+
+    With the weight go the other parameters of a norm, those of an activation in it.
+    """
 
     def train(self, mode: bool = True):
-        result = super().train(mode)
-        if mode and self.norm_eval:
-            for layer in self.modules():
-                if _keeps_other_statistics(layer):
-                    layer.eval()
+        with as_batch_norms(self) as norms:
+            result = super().train(mode)
+        for norm in norms:
+            if isinstance(norm.weight, nn.Parameter) and not norm.weight.requires_grad:
+                norm.requires_grad_(False)
         return result
 
 
 def _has_statistics_to_freeze(module: nn.Module) -> bool:
-    return hasattr(module, "norm_eval") and is_toolkits(module) and any(map(_keeps_other_statistics, module.modules()))
-
-
-def _keeps_other_statistics(layer: nn.Module) -> bool:
-    return is_ours(layer) and not isinstance(layer, _BatchNorm) and layer._buffers.get("running_var") is not None
+    own_train = stock_class(module).train is not nn.Module.train
+    return own_train and is_toolkits(module) and not is_ours(module) and any(map(is_batch_norm, module.modules()))
 
 
 # --- what else the toolkits take for granted

@@ -1,7 +1,7 @@
 """What NumPy, SciPy and Python have changed since the toolkits' last releases, for the modules that rely on it.
 
 Each of them gets a namespace of its own in the place of ``np``, or one function that is another: numpy and scipy stay
-as they are, and so does every other module. It happens when the module is imported.
+as they are, and so does every other module. It happens when the module is imported; so does what ``finders`` mends.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from normplug.openmmlab import finders
 from normplug.openmmlab.replacing import replace_everywhere
 from normplug.openmmlab.sync_batch_norms import take_over_mmcvs
 
@@ -144,6 +145,7 @@ def _old_interpolate_within(module: ModuleType) -> None:
 # ---- when a module is imported
 
 _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
+    "fvcore.nn.precise_bn": finders.find_in_update,
     "imgaug.imgaug": _old_numpy,  # of mmaction2's ImgAug
     "imgaug.parameters": _old_numpy,
     "lvis.eval": _old_numpy,  # of mmdet's LVIS metric
@@ -156,10 +158,17 @@ _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "mmaction.evaluation.metrics.multimodal_metric": _old_numpy,
     "mmaction.models.multimodal.vindlu.utils": _old_interpolate,
     "mmaction.utils.misc": _old_numpy,
+    "mmcv.cnn.bricks.conv_module": finders.keep_activation,
+    "mmcv.cnn.utils.flops_counter": finders.count_flops,
     "mmengine.config.utils": _frozen_modules,
+    "mmengine.model.efficient_conv_bn_eval": finders.keep_activation,
     "mmcv.image.photometric": _wrapping_uint8,
     "mmcv.ops.sync_bn": take_over_mmcvs,
+    "mmdet.engine.hooks.mean_teacher_hook": finders.teach_by_name,
+    "mmdet.engine.hooks.sync_norm_hook": finders.synchronize_by_name,
     "mmdet.evaluation.functional.ytviseval": _old_numpy,
+    "mmdet.models.layers.brick_wrappers": finders.find_in_conversion,
+    "mmpretrain.engine.hooks.precise_bn_hook": finders.find_in_update,
     "mmpretrain.evaluation.metrics.retrieval": _old_numpy,
     "mmpretrain.models.utils.embed": _old_interpolate_within,
     "mmseg.models.backbones.beit": _old_interpolate,
