@@ -41,10 +41,13 @@ FREEZING = {
     "partial_bn-TSM": ("mmaction", dict(type="ResNetTSM", depth=18, partial_bn=True, num_segments=2)),
     "partial_bn-TIN": ("mmaction", dict(type="ResNetTIN", depth=50, partial_bn=True, num_segments=8, shift_div=4)),
     "norm_eval": ("mmaction", dict(type="ResNet", depth=18, norm_eval=True)),
-    "norm_eval-CSN": ("mmaction", dict(type="ResNet3dCSN", depth=50, base_channels=8, norm_eval=True)),
-    "bn_frozen-CSN": ("mmaction", dict(type="ResNet3dCSN", depth=50, base_channels=8, norm_eval=True, bn_frozen=True)),
+    "norm_eval-CSN": ("mmaction", dict(type="ResNet3dCSN", depth=50, base_channels=8, pretrained=None, norm_eval=True)),
+    "bn_frozen-CSN": (
+        "mmaction",
+        dict(type="ResNet3dCSN", depth=50, base_channels=8, pretrained=None, norm_eval=True, bn_frozen=True),
+    ),
     "norm_eval-EfficientNet": ("mmdet", dict(type="EfficientNet", arch="b0", norm_eval=True)),
-    "shared head": ("mmdet", dict(type="ResLayer", depth=50, stage=0, norm_eval=True)),
+    "shared head": ("mmdet", dict(type="ResLayer", depth=50, stage=1, norm_eval=True)),
     "norm_eval-mmpretrain": ("mmpretrain", dict(type="EfficientNet", arch="b0", norm_eval=True)),
     "norm_eval-V2": ("mmpretrain", dict(type="ShuffleNetV2", widen_factor=0.5, norm_eval=True)),
     "norm_eval-mmseg": ("mmseg", dict(type="MobileNetV2", widen_factor=0.25, norm_eval=True)),
@@ -95,7 +98,8 @@ def test_mmcvs_own_backbones(name, frozen, norm):
 def test_what_says_norm_eval_and_does_not_freeze_stays_so():
     toolkit("mmpretrain.models")
     cfg = dict(type="mmpretrain.Conformer", arch="tiny", norm_eval=True)
-    model = replace_norm(MODELS.build(cfg), dict(type="BNAct")).train()
+    model = replace_norm(MODELS.build(cfg), dict(type="BNAct"))
+    model.train()
     assert all(m.training for m in ours(model).values())
 
 
@@ -148,10 +152,10 @@ def mean_variance(model, correction):
 @pytest.mark.parametrize(
     ("layer", "correction"), [(EvoNormB0, 0), (BatchNormAct, 1), (SyncBatchNorm, 1), (CrossIterationBatchNorm, 1)]
 )
-@pytest.mark.parametrize("pre", [True, False], ids=["alone", "beside a BN"])
-def test_update_bn_of_torch(layer, correction, pre):
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside a BN"])
+def test_update_bn_of_torch(layer, correction, alone):
     model = spoilt(net(layer(C)))
-    whole = model if pre else nn.Sequential(model, nn.BatchNorm2d(C))
+    whole = model if alone else nn.Sequential(model, nn.BatchNorm2d(C))
     swa_utils.update_bn(batches(), whole)
     torch.testing.assert_close(model[1].running_var, mean_variance(model, correction))
     assert model[1].momentum == 0.1

@@ -26,6 +26,7 @@ from normplug.layers import CrossIterationBatchNorm
 from normplug.layers._batch_statistics import ConversionGuard, values_per_channel
 from normplug.openmmlab.classes import is_ours, stock_class
 from normplug.openmmlab.replacing import replace_everywhere
+from normplug.ops.batch_norm import batch_norm_stats
 
 __all__ = [
     "as_batch_norms",
@@ -119,9 +120,9 @@ def _means_over_batches(layers: list[nn.Module]) -> Iterator[None]:
     counts: dict[nn.Module, int] = {}
 
     def choose(layer: nn.Module, args: tuple) -> None:
-        if layer.training and (layer.momentum is None or layer in counts) and values_per_channel(args[0]):
-            counts[layer] = counts.get(layer, 0) + 1
-            layer.momentum = 1 / counts[layer]
+        if layer.training and (layer.momentum is None or layer in counts):
+            counts[layer] = counts.get(layer, 0) + _counts(layer, args[0])
+            layer.momentum = 1 / max(counts[layer], 1)
 
     without = [layer for layer in layers if layer._buffers.get("num_batches_tracked") is None]
     hooks = [layer.register_forward_pre_hook(choose) for layer in without]
@@ -130,6 +131,12 @@ def _means_over_batches(layers: list[nn.Module]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _counts(layer: nn.Module, x: Tensor) -> bool:
+    """Tell whether a batch (N, C, *) will move the statistics of a layer."""
+    finite = not layer.skip_nonfinite or all(statistic.isfinite().all() for statistic in batch_norm_stats(x))
+    return finite and values_per_channel(x) > 0
 
 
 def find_in_update(module: ModuleType) -> None:
