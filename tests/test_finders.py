@@ -10,6 +10,7 @@ import torch
 from mmengine.hooks import EMAHook, SyncBuffersHook
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
 from mmengine.registry import MODELS
+from mmengine.utils.dl_utils import has_batch_norm
 from torch import nn
 from torch.optim import swa_utils
 
@@ -236,6 +237,21 @@ def test_update_bn_stats_of_fvcore(layer):
     assert (model[1].running_var < 99).all()
 
 
+@each_norm
+def test_accumulation_of_gradients_is_warned_of(norm):
+    from mmengine.optim import OptimWrapper
+
+    layer = MODELS.build(NORMS[norm] | ({"num_channels": C} if norm == "EvoNormB0" else {"num_features": C}))
+    assert has_batch_norm(net(layer))
+    assert not has_batch_norm(net(layers.GroupNorm(C, 2)))
+    wrapper = OptimWrapper(torch.optim.SGD(net(layer).parameters(), lr=0.1), accumulative_counts=2)
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmengine.optim.optimizer.optimizer_wrapper.print_log", lambda text, **_: told.append(text))
+        wrapper.initialize_count_status(net(layer), 0, 9)
+    assert any("BatchNorm" in text for text in told)
+
+
 # --- conversions and folding by class
 
 
@@ -335,7 +351,7 @@ def between(a, b, share):
 def test_mean_teacher_averages_buffers(layer):
     hooks = toolkit("mmdet.engine.hooks")
     model = nn.Module()
-    model.student, model.teacher = net(layer(C)), net(layer(C))
+    model.student, model.teacher = (nn.Sequential(*net(layer(C)), nn.Conv2d(C, 4, 1)) for _ in range(2))
     hook = hooks.MeanTeacherHook(momentum=0.25, skip_buffer=False)
     runner = SimpleNamespace(model=model, iter=0)
     hook.before_train(runner)
@@ -347,7 +363,7 @@ def test_mean_teacher_averages_buffers(layer):
         torch.testing.assert_close(numbers(model.teacher), between(teacher, student, 0.25))
         torch.testing.assert_close(dict(model.student.state_dict()), dict(state), rtol=0, atol=0)
         runner.iter += 1
-    assert len(model.teacher.state_dict()) == len(net(layer(C)).state_dict())
+    assert len(model.teacher.state_dict()) == len(nn.Sequential(*net(layer(C)), nn.Conv2d(C, 4, 1)).state_dict())
 
 
 @each_layer

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import mmengine.model.averaged_model as averaged
+import mmengine.utils.dl_utils as dl_utils
 import torch
 from mmengine.hooks import EMAHook
 from torch import Tensor, nn
@@ -137,6 +138,14 @@ def _counts(layer: nn.Module, x: Tensor) -> bool:
     """Tell whether a batch (N, C, *) will move the statistics of a layer."""
     finite = not layer.skip_nonfinite or all(statistic.isfinite().all() for statistic in batch_norm_stats(x))
     return finite and values_per_channel(x) > 0
+
+
+def _finding_any(has_batch_norm: Any) -> Any:
+    @functools.wraps(has_batch_norm)
+    def has_any(model: nn.Module) -> bool:
+        return has_batch_norm(model) or any(map(_averages, model.modules()))
+
+    return has_any
 
 
 def find_in_update(module: ModuleType) -> None:
@@ -292,5 +301,6 @@ def install() -> None:
     if hasattr(averaged.BaseAveragedModel.__init__, "__wrapped__"):
         return
     replace_everywhere(swa_utils.update_bn, _finding(swa_utils.update_bn))
+    replace_everywhere(dl_utils.has_batch_norm, _finding_any(dl_utils.has_batch_norm))
     averaged.BaseAveragedModel.__init__ = _average_by_name(averaged.BaseAveragedModel.__init__)
     EMAHook.after_load_checkpoint = _average_without_history(EMAHook.after_load_checkpoint)
