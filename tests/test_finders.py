@@ -302,7 +302,22 @@ def test_efficient_conv_bn_eval_drops_nothing(norm):
         torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
 
 
-STOCK = {"GN": nn.GroupNorm(2, C), "FRN": nn.GroupNorm(C, C), "EvoNormB0": nn.GroupNorm(C, C)}
+@pytest.mark.parametrize("conv_cfg", [None, dict(type="ConvWS")], ids=["conv", "ConvWS"])
+@pytest.mark.parametrize("cfg", [dict(type="RepVGG", arch="A0", base_channels=16), dict(type="MobileOne", arch="s0")])
+def test_branches_become_one_convolution(cfg, conv_cfg):
+    toolkit("mmpretrain.models")
+    if cfg["type"] == "MobileOne" and conv_cfg:
+        pytest.skip("some of its filters have a single value, which has no deviation")
+    model = MODELS.build(dict(cfg, type=f"mmpretrain.{cfg['type']}", norm_cfg=dict(type="BN"), conv_cfg=conv_cfg))
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        want = model(x)[-1]
+        model.switch_to_deploy()
+        torch.testing.assert_close(model(x)[-1], want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("name", sorted({"GN", "FRN", "EvoNormS0", "EvoNormB0", "BNAct", "SyncBN", "CBN"}))

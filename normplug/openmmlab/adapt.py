@@ -36,7 +36,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from torch.utils.checkpoint import checkpoint
 
 from normplug.layers.evonorm import EvoNormS0
-from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
+from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, fold_ws, standardize_together
 from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of, stock_class
 from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.cross_iteration import check_cross_iteration
@@ -49,6 +49,7 @@ __all__ = ["adapt", "fuse_activations", "install", "registries"]
 # What the norms' ``act`` stands for, and those that a norm can take over: they have no arguments.
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 FUSED = {nn.ReLU: "relu", nn.SiLU: "silu"}
+WS_CONVS = (WSConv1d, WSConv2d, WSConv3d)
 
 
 def adapt(model: nn.Module) -> nn.Module:
@@ -79,13 +80,15 @@ def adapt(model: nn.Module) -> nn.Module:
             _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
             derive(module, FreezesEveryStatistic)
+        if hasattr(module, "switch_to_deploy") and is_toolkits(module) and _standardizes_weights(module):
+            derive(module, FoldsForDeployment)
         if isinstance(module, imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
             derive(module, InflatesEveryNorm)
         elif isinstance(module, _other_backbones_of_bn()):
             derive(module, CallsEveryNormBn)
         if isinstance(module, _blocks_of_two_layouts()) and is_ours(module.norm):
             derive(module.norm, TakesLayout)
-    if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
+    if sum(isinstance(module, WS_CONVS) for module in model.modules()) > 1:
         standardize_together(model)
     check_cross_iteration(model)
     return model
@@ -333,6 +336,21 @@ def _has_statistics_to_freeze(module: nn.Module) -> bool:
 
 
 # --- what else the toolkits take for granted
+
+
+class FoldsForDeployment:
+    """RepVGG and its like make one convolution of several, out of their weights as they are stored."""
+
+    def switch_to_deploy(self) -> None:
+        fold_ws(self)
+        for module in self.modules():
+            if getattr(module, "conv_cfg", None) is not None:
+                module.conv_cfg = None  # the new one has a weight that is standardized already
+        super().switch_to_deploy()
+
+
+def _standardizes_weights(module: nn.Module) -> bool:
+    return any(isinstance(layer, WS_CONVS) for layer in module.modules())
 
 
 def _other_backbones_of_bn() -> tuple[type, ...]:
