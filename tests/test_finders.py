@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.hooks import EMAHook, SyncBuffersHook
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils import has_batch_norm
 from torch import nn
@@ -125,6 +126,28 @@ def test_the_classes_come_back_after_an_error():
     assert type(model[1]) is EvoNormB0
 
 
+@pytest.mark.parametrize("norm", ["GN", "EvoNormS0", "FRN", *NORMS])
+def test_tsms_optimizer_finds_every_parameter_of_norms(norm):
+    toolkit("mmaction.models"), toolkit("mmaction.engine")
+    cfg = dict(type="mmaction.ResNet", depth=18, norm_cfg=dict(type=norm), conv_cfg=dict(type="ConvWS"))
+    model = nn.Sequential(MODELS.build(cfg), nn.Linear(4, 4))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            optimizer=dict(type="SGD", lr=0.1, weight_decay=1e-4),
+            constructor="mmaction.TSMOptimWrapperConstructor",
+            paramwise_cfg=dict(fc_lr5=False),
+        ),
+    )
+    of_norms = {id(p) for m in ours(model).values() if hasattr(m, "batch_statistics") for p in m.parameters()}
+    assert of_norms
+    decayed = {id(p) for group in wrapper.param_groups if group["weight_decay"] for p in group["params"]}
+    known = {id(p) for group in wrapper.param_groups for p in group["params"]}
+    assert known >= {id(p) for p in model.parameters()}
+    assert not decayed & of_norms
+    assert {id(p) for p in wrapper.param_groups[4]["params"]} == of_norms
+
+
 # --- statistics set anew
 
 
@@ -182,6 +205,16 @@ def test_update_bn_leaves_the_constants_of_a_frozen_one():
 def test_functorch_leaves_a_frozen_one_as_it_is():
     model = torch.func.replace_all_batch_norm_modules_(net(FrozenBatchNorm(C)))
     assert model(batches()[0]).isfinite().all()
+
+
+def test_functorch_does_not_spoil_what_it_passes_over():
+    model = torch.func.replace_all_batch_norm_modules_(net(EvoNormB0(C)))
+    run = torch.vmap(lambda x: torch.func.functional_call(model, dict(model.named_parameters()), (x,)))
+    x = torch.stack(batches(2))
+    with pytest.raises(RuntimeError, match="vmap: "):
+        run(x)
+    model.eval()
+    torch.testing.assert_close(run(x), torch.stack([model(one) for one in x]))
 
 
 def test_a_frozen_one_without_memory_can_be_made_new():
