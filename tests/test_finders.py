@@ -139,7 +139,8 @@ def test_tsms_optimizer_finds_every_parameter_of_norms(norm):
             paramwise_cfg=dict(fc_lr5=False),
         ),
     )
-    of_norms = {id(p) for m in ours(model).values() if hasattr(m, "batch_statistics") for p in m.parameters()}
+    norms = [m for m in ours(model).values() if not isinstance(m, layers.WSConv2d)]
+    of_norms = {id(p) for m in norms for p in m.parameters()}
     assert of_norms
     decayed = {id(p) for group in wrapper.param_groups if group["weight_decay"] for p in group["params"]}
     known = {id(p) for group in wrapper.param_groups for p in group["params"]}
