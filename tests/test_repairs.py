@@ -267,6 +267,61 @@ def test_pure_python_configs_may_use_frozen_modules(tmp_path):
     assert config.layer.type is torch.nn.Conv2d  # what is of no standard library is imported when it is asked for
 
 
+# ---- what Python and setuptools have dropped
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make a module that cannot be imported."""
+    return lambda name: monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_the_environment_is_told_without_distutils(without):
+    collect_env = toolkit("mmengine.utils.dl_utils").collect_env
+    without("distutils")
+    without("distutils.errors")
+    told = collect_env()
+    assert told["Python"] == sys.version.replace("\n", "")
+    assert "PyTorch" in told
+    assert sys.modules["distutils"] is None
+
+
+@pytest.mark.parametrize("module", ["mmcv.utils.ext_loader", "mmengine.utils.dl_utils.misc"])
+def test_compiled_ops_are_found_without_find_loader(module, monkeypatch):
+    monkeypatch.delattr("pkgutil.find_loader", raising=False)
+    part = toolkit(module)
+    for name in ("check_ops_exist", "mmcv_full_available"):
+        if hasattr(part, name):
+            assert getattr(part, name)()
+    assert part.pkgutil.find_loader("no_such_module") is None
+    assert part.pkgutil.iter_modules is not None
+
+
+@pytest.mark.slow
+def test_packages_are_found_without_pkg_resources():
+    printed = python(
+        "import sys\n"
+        "sys.modules['pkg_resources'] = None\n"
+        "import normplug, json, mmdet, os\n"
+        "from mmengine.utils import get_installed_path, is_installed\n"
+        "from mmengine.utils.package_utils import package2module\n"
+        "from mmengine.config import Config\n"
+        "found = [is_installed(name) for name in ('mmdet', 'mmsegmentation', 'json', 'no_such_package')]\n"
+        "paths = [get_installed_path(name) == os.path.dirname(mmdet.__file__) for name in ('mmdet',)]\n"
+        "paths.append(os.path.basename(get_installed_path('mmsegmentation')))\n"
+        "paths.append(os.path.basename(get_installed_path('json')))\n"
+        "try:\n"
+        "    get_installed_path('no_such_package')\n"
+        "except ModuleNotFoundError as error:\n"
+        "    paths.append(error.name)\n"
+        "print(json.dumps([found, paths, package2module('mmsegmentation')]))\n"
+    )
+    found, paths, module = json.loads(printed.splitlines()[-1])
+    assert found == [True, True, True, False]
+    assert paths == [True, "mmseg", "json", "no_such_package"]
+    assert module == "mmseg"
+
+
 # ---- when modules are imported
 
 

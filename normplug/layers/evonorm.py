@@ -186,6 +186,10 @@ class EvoNormB0(_EvoNorm, nn.GroupNorm):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Set the running variance to that of a new layer, as a batch norm's method of this name does."""
         if getattr(self, "running_var", None) is not None:
             nn.init.ones_(self.running_var)
 

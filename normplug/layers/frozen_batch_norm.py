@@ -1,7 +1,7 @@
 """FrozenBatchNorm: batch normalization whose statistics and parameters are constants."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normplug.layers import _scripted as scripted
@@ -55,11 +55,23 @@ class FrozenBatchNorm(ConversionGuard, _BatchNorm):
             value = self._parameters.pop(name)
             self.register_buffer(name, value.detach())
         self.affine = False  # no parameters: torch's convert_sync_batchnorm copies them before it can be told no
+        self.track_running_stats = False  # constants: what resets or drops running statistics passes them over
         self.act = act
         self.training = False
 
+    def reset_parameters(self) -> None:
+        """Set statistics, weight and bias to those of a new layer."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("weight", 1), ("bias", 0)):
+            nn.init.constant_(getattr(self, name), value)
+        self.num_batches_tracked.zero_()
+
     def train(self, mode: bool = True) -> "FrozenBatchNorm":
         return super().train(False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if f"{prefix}running_var" in state_dict:  # old checkpoints have no count, which torch adds where it tracks
+            state_dict.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def lost_in_conversion(self) -> str:
         return "what makes it frozen"

@@ -14,6 +14,7 @@ def close_gaps() -> None:
         _stand_ins,
         checkpoints,
         distributed,
+        finders,
         inert,
         repairs,
         resuming,
@@ -30,6 +31,7 @@ def close_gaps() -> None:
     resuming.install()
     weight_checks.install()
     distributed.install()
+    finders.install()
     sync_batch_norms.install()
 
 

@@ -11,7 +11,7 @@ layer of ours is left alone. In the others, five assumptions of the toolkits are
   so does a backbone's ReLU between such norms and behind their sums. Where nothing stands, nothing is added.
 - *Norm, sum and activation are three operations.* GN, BNAct, SyncBN and CBN take the ReLU or SiLU behind them, and the
   residual sum before it, into their own pass over memory, wherever the input is on CUDA; see ``fuse_activations``.
-- *Only BatchNorm has running statistics.* ``norm_eval=True`` also freezes those of our other layers.
+- *A norm with running statistics is a BatchNorm2d.* ``norm_eval``, ``partial_bn`` and their like freeze ours too.
 - *Every norm of a video backbone is called bn.* See ``normplug.openmmlab.resnet3d``.
 
 On CUDA the weights of a model's ConvWS layers are standardized in one launch: see ``standardize_together``.
@@ -32,15 +32,15 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, Registry
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from torch.utils.checkpoint import checkpoint
 
 from normplug.layers.evonorm import EvoNormS0
-from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, standardize_together
+from normplug.layers.weight_standardization import WSConv1d, WSConv2d, WSConv3d, fold_ws, standardize_together
 from normplug.openmmlab.classes import derive, imported, is_ours, is_toolkits, keeps_forward, owner_of, stock_class
 from normplug.openmmlab.config_files import nearest
 from normplug.openmmlab.cross_iteration import check_cross_iteration
+from normplug.openmmlab.finders import as_batch_norms, is_batch_norm
 from normplug.openmmlab.placement import REPLACED, contains_activation, place_activations, places_itself
 from normplug.openmmlab.resnet3d import CallsEveryNormBn, InflatesEveryNorm, load_from_detectron_as_rgb
 
@@ -49,6 +49,7 @@ __all__ = ["adapt", "fuse_activations", "install", "registries"]
 # What the norms' ``act`` stands for, and those that a norm can take over: they have no arguments.
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 FUSED = {nn.ReLU: "relu", nn.SiLU: "silu"}
+WS_CONVS = (WSConv1d, WSConv2d, WSConv3d)
 
 
 def adapt(model: nn.Module) -> nn.Module:
@@ -79,13 +80,15 @@ def adapt(model: nn.Module) -> nn.Module:
             _let_norms_activate(module, path, model)
         if _has_statistics_to_freeze(module):
             derive(module, FreezesEveryStatistic)
+        if hasattr(module, "switch_to_deploy") and is_toolkits(module) and _standardizes_weights(module):
+            derive(module, FoldsForDeployment)
         if isinstance(module, imported("mmaction.models.backbones.resnet3d", "ResNet3d", "ResNet3dLayer")):
             derive(module, InflatesEveryNorm)
         elif isinstance(module, _other_backbones_of_bn()):
             derive(module, CallsEveryNormBn)
         if isinstance(module, _blocks_of_two_layouts()) and is_ours(module.norm):
             derive(module.norm, TakesLayout)
-    if sum(isinstance(module, (WSConv1d, WSConv2d, WSConv3d)) for module in model.modules()) > 1:
+    if sum(isinstance(module, WS_CONVS) for module in model.modules()) > 1:
         standardize_together(model)
     check_cross_iteration(model)
     return model
@@ -313,26 +316,41 @@ class FusesInBlock3d(Fuses):
 
 
 class FreezesEveryStatistic:
-    """``norm_eval=True`` of the toolkits' backbones for layers that keep statistics without being a BatchNorm."""
+    """``train`` of the toolkits' classes, which freeze batch norms in it: norm_eval, partial_bn, bn_eval, bn_frozen.
+
+    With the weight go the other parameters of a norm, those of an activation in it.
+    """
 
     def train(self, mode: bool = True):
-        result = super().train(mode)
-        if mode and self.norm_eval:
-            for layer in self.modules():
-                if _keeps_other_statistics(layer):
-                    layer.eval()
+        with as_batch_norms(self) as norms:
+            result = super().train(mode)
+        for norm in norms:
+            if isinstance(norm.weight, nn.Parameter) and not norm.weight.requires_grad:
+                norm.requires_grad_(False)
         return result
 
 
 def _has_statistics_to_freeze(module: nn.Module) -> bool:
-    return hasattr(module, "norm_eval") and is_toolkits(module) and any(map(_keeps_other_statistics, module.modules()))
-
-
-def _keeps_other_statistics(layer: nn.Module) -> bool:
-    return is_ours(layer) and not isinstance(layer, _BatchNorm) and layer._buffers.get("running_var") is not None
+    own_train = stock_class(module).train is not nn.Module.train
+    return own_train and is_toolkits(module) and not is_ours(module) and any(map(is_batch_norm, module.modules()))
 
 
 # --- what else the toolkits take for granted
+
+
+class FoldsForDeployment:
+    """RepVGG and its like make one convolution of several, out of their weights as they are stored."""
+
+    def switch_to_deploy(self) -> None:
+        fold_ws(self)
+        for module in self.modules():
+            if getattr(module, "conv_cfg", None) is not None:
+                module.conv_cfg = None  # the new one has a weight that is standardized already
+        super().switch_to_deploy()
+
+
+def _standardizes_weights(module: nn.Module) -> bool:
+    return any(isinstance(layer, WS_CONVS) for layer in module.modules())
 
 
 def _other_backbones_of_bn() -> tuple[type, ...]:

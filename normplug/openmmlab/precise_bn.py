@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader
 
 from normplug.layers._batch_statistics import values_per_channel
+from normplug.openmmlab.finders import beyond_tensors
 from normplug.openmmlab.random_state import _current_state, _restore
 from normplug.ops.batch_norm import batch_norm_stats
 
@@ -170,7 +171,7 @@ def _undone(model: nn.Module):
     """Training mode for a while; then modes, buffers, the layers' extra state and random numbers as before."""
     with _random_numbers_undone(), _modes_undone(model):
         buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-        extra = {layer: _beyond_tensors(layer) for layer in _in_training(model)}
+        extra = {layer: beyond_tensors(layer) for layer in _in_training(model)}
         try:
             yield
         finally:
@@ -179,12 +180,6 @@ def _undone(model: nn.Module):
             for layer, state in extra.items():
                 if state:
                     layer.load_state_dict(state, strict=False)
-
-
-def _beyond_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """What a layer saves and holds in neither parameter nor buffer: CBN's history, which it never writes to."""
-    known = {*layer._parameters, *layer._buffers}
-    return {key: value for key, value in layer.state_dict().items() if key not in known}
 
 
 @HOOKS.register_module()

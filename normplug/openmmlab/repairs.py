@@ -1,7 +1,7 @@
 """What NumPy, SciPy and Python have changed since the toolkits' last releases, for the modules that rely on it.
 
 Each of them gets a namespace of its own in the place of ``np``, or one function that is another: numpy and scipy stay
-as they are, and so does every other module. It happens when the module is imported.
+as they are, and so does every other module. It happens when the module is imported; so does what ``finders`` mends.
 """
 
 import contextlib
@@ -9,13 +9,18 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from normplug.openmmlab import finders
 from normplug.openmmlab.replacing import replace_everywhere
 from normplug.openmmlab.sync_batch_norms import take_over_mmcvs
 
@@ -108,6 +113,82 @@ def _frozen_modules(module: ModuleType) -> None:
     replace_everywhere(original, is_builtin_module)
 
 
+def _old_pkgutil(module: ModuleType) -> None:
+    """``find_loader``, by which mmengine and mmcv look for the compiled ops, is gone since 3.14."""
+    module.pkgutil = _Namespace(pkgutil, find_loader=_find_loader)
+
+
+def _find_loader(name: str) -> Any:
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.loader
+
+
+def _without_distutils(module: ModuleType) -> None:
+    """Every run reports its environment by a function that imports distutils, gone since 3.12, for one exception."""
+    original = module.collect_env
+
+    @functools.wraps(original)
+    def collect_env() -> dict:
+        if importlib.util.find_spec("distutils") is not None:
+            return original()
+        names = {name: ModuleType(name) for name in ("distutils", "distutils.errors")}
+        names["distutils"].errors = names["distutils.errors"]
+        names["distutils.errors"].CompileError = type("CompileError", (Exception,), {})
+        with mock.patch.dict(sys.modules, names):
+            return original()
+
+    replace_everywhere(original, collect_env)
+
+
+def _without_pkg_resources(module: ModuleType) -> None:
+    """setuptools 82 has no ``pkg_resources``; Python itself knows what is installed."""
+    if importlib.util.find_spec("pkg_resources") is None:
+        for function in (_is_installed, _get_installed_path, _package2module):
+            replace_everywhere(getattr(module, function.__name__[1:]), function)
+
+
+def _is_installed(package: str) -> bool:
+    """Check package whether installed: as a distribution, or else as a module."""
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        spec = importlib.util.find_spec(package)
+        return spec is not None and spec.origin is not None
+    return True
+
+
+def _get_installed_path(package: str) -> str:
+    """Get installed path of package.
+
+    Raises:
+        PackageNotFoundError: If it is neither a distribution nor a module.
+        RuntimeError: If it is a namespace package.
+    """
+    try:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise
+        if spec.origin is None:
+            raise RuntimeError(f"{package} is a namespace package, which has no installed path.") from None
+        return str(Path(spec.origin).parent)
+    path = Path(found.locate_file(package))
+    return str(path if path.exists() else found.locate_file(_package2module(package)))
+
+
+def _package2module(package: str) -> str:
+    """Infer module name from package.
+
+    Raises:
+        ValueError: If the distribution does not tell.
+    """
+    names = (metadata.distribution(package).read_text("top_level.txt") or "").split()
+    if not names:
+        raise ValueError(f"can not infer the module name of {package}")
+    return names[0]
+
+
 # ---- scipy
 
 
@@ -144,6 +225,7 @@ def _old_interpolate_within(module: ModuleType) -> None:
 # ---- when a module is imported
 
 _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
+    "fvcore.nn.precise_bn": finders.find_in_update,
     "imgaug.imgaug": _old_numpy,  # of mmaction2's ImgAug
     "imgaug.parameters": _old_numpy,
     "lvis.eval": _old_numpy,  # of mmdet's LVIS metric
@@ -156,10 +238,21 @@ _REPAIRS: dict[str, Callable[[ModuleType], None]] = {
     "mmaction.evaluation.metrics.multimodal_metric": _old_numpy,
     "mmaction.models.multimodal.vindlu.utils": _old_interpolate,
     "mmaction.utils.misc": _old_numpy,
+    "mmcv.cnn.bricks.conv_module": finders.keep_activation,
+    "mmcv.cnn.utils.flops_counter": finders.count_flops,
     "mmengine.config.utils": _frozen_modules,
+    "mmengine.model.efficient_conv_bn_eval": finders.keep_activation,
+    "mmengine.utils.dl_utils.collect_env": _without_distutils,
+    "mmengine.utils.dl_utils.misc": _old_pkgutil,
+    "mmengine.utils.package_utils": _without_pkg_resources,
     "mmcv.image.photometric": _wrapping_uint8,
     "mmcv.ops.sync_bn": take_over_mmcvs,
+    "mmcv.utils.ext_loader": _old_pkgutil,
+    "mmdet.engine.hooks.mean_teacher_hook": finders.teach_by_name,
+    "mmdet.engine.hooks.sync_norm_hook": finders.synchronize_by_name,
     "mmdet.evaluation.functional.ytviseval": _old_numpy,
+    "mmdet.models.layers.brick_wrappers": finders.find_in_conversion,
+    "mmpretrain.engine.hooks.precise_bn_hook": finders.find_in_update,
     "mmpretrain.evaluation.metrics.retrieval": _old_numpy,
     "mmpretrain.models.utils.embed": _old_interpolate_within,
     "mmseg.models.backbones.beit": _old_interpolate,
