@@ -18,7 +18,7 @@ def without_weights(cfg):
     """Drop every path to pre-trained weights: nothing is downloaded."""
     if isinstance(cfg, dict):
         for key in list(cfg):
-            if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
+            if key in ("pretrained", "teacher_ckpt") or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
                 cfg[key] = None
             else:
                 without_weights(cfg[key])
