@@ -246,8 +246,12 @@ def values(cfg: Any, key: str) -> list:
 
 def pipeline_of(cfg: Config) -> list[dict]:
     """The transforms of the first data set, most of them nested in wrappers."""
-    found = [p for p in values(cfg.get("train_dataloader") or {}, "pipeline") if p]
-    return max(found, key=len) if found else cfg.get("train_pipeline") or cfg.get("test_pipeline", [])
+    for part in ("train", "val", "test"):  # some configs only test
+        found = [p for p in values(cfg.get(f"{part}_dataloader") or {}, "pipeline") if p]
+        found = found or [p for p in (cfg.get(f"{part}_pipeline"),) if p]
+        if found:
+            return max(found, key=len)
+    return []
 
 
 def classes_of(cfg: Config, default: int) -> int:
@@ -376,8 +380,9 @@ def action(cfg: Config) -> Iterator[dict]:
         heatmap = torch.rand(1, cfg.model.backbone.get("in_channels", 17), FRAMES, 56, 56)
         yield pseudo_collate([action_sample(cfg, heatmap) for _ in range(2)])
         return
-    frames = next(iter(values(pipeline, "clip_len")), FRAMES) * next(iter(values(pipeline, "num_clips")), 1)
-    for size, length in product((64, 112, 224), (FRAMES, frames)):
+    clip = next(iter(values(pipeline, "clip_len")), FRAMES)
+    frames = clip * next(iter(values(pipeline, "num_clips")), 1)
+    for size, length in product((64, 112, 224), sorted({FRAMES, clip, frames})):
         batch = []
         for _ in range(2):
             if values(pipeline, "input_format") == ["NCHW"]:
