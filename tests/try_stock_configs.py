@@ -147,7 +147,8 @@ def attempt(toolkit: str, file: Path, args: argparse.Namespace, pipe: Any) -> No
             raise Left("no model in this config")
         without_weights(cfg.model)
         os.chdir(configs_of(toolkit).parent)  # some name another config by its path
-        with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or toolkit):
+        scope = cfg.get("default_scope") or toolkit  # mmdet has configs of mmpretrain's models
+        with DefaultScope.overwrite_default_scope(scope):
             if "data_preprocessor" in cfg:  # as mmengine's runner does
                 cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
             shrink(cfg.model)
@@ -159,7 +160,7 @@ def attempt(toolkit: str, file: Path, args: argparse.Namespace, pipe: Any) -> No
             model.init_weights()
             called = record_ops()
             try:
-                train(model, SAMPLES[toolkit](cfg))
+                train(model, SAMPLES[scope](cfg))
             finally:
                 pipe.send(dict(ops=sorted(called)))
         pipe.send(dict(ran=True))
