@@ -19,7 +19,7 @@ def without_weights(cfg):
     if isinstance(cfg, dict):
         for key in list(cfg):
             if key in ("pretrained", "teacher_ckpt") or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
-                cfg[key] = None
+                cfg[key] = False if cfg[key] is True else None
             else:
                 without_weights(cfg[key])
     elif isinstance(cfg, (list, tuple)):
