@@ -355,11 +355,10 @@ def tracking(size: int, classes: int) -> dict:
 def reid(size: int, classes: int) -> dict:
     from mmdet.structures import ReIDDataSample
 
-    samples = [ReIDDataSample() for _ in range(4)]
-    for index, sample in enumerate(samples):
-        sample.set_gt_label(index // 2 % classes)
+    sample = ReIDDataSample()
+    sample.set_gt_label([index // 2 % classes for index in range(4)])
     inputs = image(size, 4, 3)[..., : size // 2]  # people: as high as two of their breadths
-    return pseudo_collate([dict(inputs=inputs, data_samples=samples)])
+    return pseudo_collate([dict(inputs=inputs, data_samples=sample)])
 
 
 # ---- mmaction2
