@@ -367,10 +367,14 @@ def fail_otherwise(results: dict[str, Result]) -> dict[tuple[str, str], list[str
     without, with_ = (results[side].messages for side in SIDES)
     found: dict[tuple[str, str], list[str]] = {}
     for test in without.keys() & with_.keys():
-        pair = without[test].partition(":")[0], with_[test].partition(":")[0]
+        pair = exception_of(without[test]), exception_of(with_[test])
         if pair[0] != pair[1]:
             found.setdefault(pair, []).append(test)
     return {pair: sorted(found[pair]) for pair in sorted(found)}
+
+
+def exception_of(message: str) -> str:
+    return "AssertionError" if message.startswith("assert ") else message.partition(":")[0]
 
 
 def show(name: str, results: dict[str, Result], changes: Sequence[Change], by_chance: Sequence[str]) -> None:
