@@ -18,8 +18,8 @@ def without_weights(cfg):
     """Drop every path to pre-trained weights: nothing is downloaded."""
     if isinstance(cfg, dict):
         for key in list(cfg):
-            if key == "pretrained" or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
-                cfg[key] = None
+            if key in ("pretrained", "teacher_ckpt") or (key == "init_cfg" and "Pretrained" in str(cfg[key])):
+                cfg[key] = False if cfg[key] is True else None
             else:
                 without_weights(cfg[key])
     elif isinstance(cfg, (list, tuple)):

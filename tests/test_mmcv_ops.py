@@ -1048,10 +1048,14 @@ def test_parity_of_roi_align(compiled, parity, mode):
 
 
 @pytest.mark.full_mmcv
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_parity_of_deform_conv(compiled, parity, geometry):
-    x, offset, _, weight, _, dy = tensors = deform_case(geometry, torch.float32, batch=4)
-    for with_bias in (True, False):
+def test_parity_of_deform_conv(compiled, parity, geometry, place):
+    x, offset, mask, weight, bias, dy = deform_case(geometry, torch.float32, batch=4, place=place)
+    size = offset.shape[2] * 2 + 1, offset.shape[3] * 2
+    larger = enlarged(offset, *size), enlarged(mask, *size)  # mmcv reads the beginning of each sample's buffer
+    for with_bias, (moves, gates) in product((True, False), ((offset, mask), larger)):
+        tensors = x, moves, gates, weight, bias, dy
         theirs = run_modulated(compiled, *tensors, geometry, with_bias)
         ours = run_modulated(OPS, *tensors, geometry, with_bias)
         for name, want in theirs.items():
@@ -1060,6 +1064,62 @@ def test_parity_of_deform_conv(compiled, parity, geometry):
     ours = run_plain(OPS, x, offset, weight, dy, geometry)
     for name, want in theirs.items():
         parity("deform_conv", name, ours[name], want, 16)
+
+
+@pytest.mark.full_mmcv
+def test_parity_of_roi_align_rotated(compiled, parity):
+    x = torch.randn(3, 5, 20, 25)
+    random = torch.cat((torch.randint(3, (40, 1)).float(), some_rotated(40, torch.float32) * 1.5), 1)
+    for rois, aligned, ratio, clockwise in product(
+        (random, random[:0], torch.tensor(ROTATED_ROIS)), (True, False), (0, 2), (True, False)
+    ):
+        dy = torch.randn(len(rois), 5, 7, 6)
+        args = dict(pooled_height=7, pooled_width=6, spatial_scale=0.5, sampling_ratio=ratio)
+        args.update(aligned=aligned, clockwise=clockwise)
+        pooled = {}
+        for ext in (compiled, OPS):
+            output, grad = torch.zeros_like(dy), torch.zeros_like(x)
+            ext["roi_align_rotated_forward"](x, rois, output, **args)
+            ext["roi_align_rotated_backward"](dy, rois, grad, **args)
+            pooled[ext is OPS] = output, grad
+        for name, ours, theirs in zip(("output", "grad_input"), pooled[True], pooled[False], strict=True):
+            parity("roi_align_rotated", name, ours, theirs, 32)  # sine and cosine move samples by some ulps
+
+
+@pytest.mark.full_mmcv
+def test_parity_of_rotated_boxes(compiled, parity):
+    first, second, _ = zip(*TOUCHING[:-1], strict=True)  # of the last mmcv's float32 has no digit
+    for a, b in [
+        (some_rotated(200, torch.float32), some_rotated(200, torch.float32)),
+        map(torch.tensor, (first, second)),
+    ]:
+        for mode, aligned in product((0, 1), (False, True)):
+            ours, theirs = (torch.zeros(len(a) if aligned else len(a) * len(b)) for _ in range(2))
+            OPS["box_iou_rotated"](a, b, ours, mode_flag=mode, aligned=aligned)
+            compiled["box_iou_rotated"](a, b, theirs, mode_flag=mode, aligned=aligned)
+            parity("box_iou_rotated", ("iou", "iof")[mode], ours, theirs, 8)
+    boxes, scores = some_rotated(300, torch.float32), torch.randperm(300) / 300
+    order = scores.argsort(descending=True)
+    for threshold in (0.1, 0.3, 0.7):
+        args = boxes, scores, order, boxes[order], torch.zeros(0), threshold, False
+        kept, want = OPS["nms_rotated"](*args), compiled["nms_rotated"](*args)
+        assert kept.tolist() == want.tolist()
+        parity("nms_rotated", "kept", kept, want, 0)
+
+
+@pytest.mark.full_mmcv
+@pytest.mark.parametrize("mask_size", PSA_SIZES, ids=str)
+def test_parity_of_psa_mask(compiled, parity, mask_size):
+    rows, columns = mask_size
+    x, dy = torch.randn(2, rows * columns, 4, 3), torch.randn(2, 12, 4, 3)
+    for psa_type in (0, 1):
+        args = dict(psa_type=psa_type, num_=2, h_feature=4, w_feature=3, h_mask=rows, w_mask=columns)
+        args.update(half_h_mask=(rows - 1) // 2, half_w_mask=(columns - 1) // 2)
+        for name, argument in (("forward", x), ("backward", dy)):
+            ours, theirs = (torch.zeros_like(dy if name == "forward" else x) for _ in range(2))
+            OPS[f"psamask_{name}"](argument, ours, **args)
+            compiled[f"psamask_{name}"](argument, theirs, **args)
+            parity("psamask", name, ours, theirs, 0)
 
 
 @pytest.mark.full_mmcv

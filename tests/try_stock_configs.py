@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,9 @@ def attempt(toolkit: str, file: Path, args: argparse.Namespace, pipe: Any) -> No
         if "model" not in cfg:
             raise Left("no model in this config")
         without_weights(cfg.model)
-        with DefaultScope.overwrite_default_scope(toolkit):
+        os.chdir(configs_of(toolkit).parent)  # some name another config by its path
+        scope = cfg.get("default_scope") or toolkit  # mmdet has configs of mmpretrain's models
+        with DefaultScope.overwrite_default_scope(scope):
             if "data_preprocessor" in cfg:  # as mmengine's runner does
                 cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
             shrink(cfg.model)
@@ -157,7 +160,7 @@ def attempt(toolkit: str, file: Path, args: argparse.Namespace, pipe: Any) -> No
             model.init_weights()
             called = record_ops()
             try:
-                train(model, SAMPLES[toolkit](cfg))
+                train(model, SAMPLES[scope](cfg))
             finally:
                 pipe.send(dict(ops=sorted(called)))
         pipe.send(dict(ran=True))
@@ -210,8 +213,11 @@ def train(model: torch.nn.Module, batches: Iterator[dict]) -> None:
     raise error
 
 
+FROM_2D = ["MobileNetV2TSM", "MobileOneTSM", "ResNetTIN", "ResNetTSM", "SwinTransformer3D"]
+
+
 def shrink(model: dict) -> None:
-    """What makes the images large again, and RoIs by the thousand; the networks stay as they are."""
+    """Take away large images, thousands of RoIs, and the need of weights of images; the networks stay as they are."""
     for part in walk(model):
         if "batch_augments" in part:
             part["batch_augments"] = None
@@ -222,6 +228,8 @@ def shrink(model: dict) -> None:
             part["num"] = min(part["num"], 32)
         if "max_per_img" in part and "nms_pre" in part:
             part["max_per_img"] = min(part["max_per_img"], 64)
+        if part.get("type") in FROM_2D:
+            part["pretrained2d"] = False
 
 
 def walk(cfg: Any) -> Iterator[dict]:
@@ -239,8 +247,12 @@ def values(cfg: Any, key: str) -> list:
 
 def pipeline_of(cfg: Config) -> list[dict]:
     """The transforms of the first data set, most of them nested in wrappers."""
-    found = [p for p in values(cfg.get("train_dataloader") or {}, "pipeline") if p]
-    return max(found, key=len) if found else cfg.get("train_pipeline", [])
+    for part in ("train", "val", "test"):  # some configs only test
+        found = [p for p in values(cfg.get(f"{part}_dataloader") or {}, "pipeline") if p]
+        found = found or [p for p in (cfg.get(f"{part}_pipeline"),) if p]
+        if found:
+            return max(found, key=len)
+    return []
 
 
 def classes_of(cfg: Config, default: int) -> int:
@@ -343,10 +355,10 @@ def tracking(size: int, classes: int) -> dict:
 def reid(size: int, classes: int) -> dict:
     from mmdet.structures import ReIDDataSample
 
-    samples = [ReIDDataSample() for _ in range(4)]
-    for index, sample in enumerate(samples):
-        sample.set_gt_label(index // 2 % classes)
-    return pseudo_collate([dict(inputs=image(size, 4, 3), data_samples=samples)])
+    sample = ReIDDataSample()
+    sample.set_gt_label([index // 2 % classes for index in range(4)])
+    inputs = image(size, 4, 3)[..., : size // 2]  # people: as high as two of their breadths
+    return pseudo_collate([dict(inputs=inputs, data_samples=sample)])
 
 
 # ---- mmaction2
@@ -368,8 +380,9 @@ def action(cfg: Config) -> Iterator[dict]:
         heatmap = torch.rand(1, cfg.model.backbone.get("in_channels", 17), FRAMES, 56, 56)
         yield pseudo_collate([action_sample(cfg, heatmap) for _ in range(2)])
         return
-    frames = next(iter(values(pipeline, "clip_len")), FRAMES) * next(iter(values(pipeline, "num_clips")), 1)
-    for size, length in ((64, FRAMES), (64, frames), (224, FRAMES), (224, frames)):
+    clip = next(iter(values(pipeline, "clip_len")), FRAMES)
+    frames = clip * next(iter(values(pipeline, "num_clips")), 1)
+    for size, length in product((64, 112, 224), sorted({FRAMES, clip, frames})):
         batch = []
         for _ in range(2):
             if values(pipeline, "input_format") == ["NCHW"]:
@@ -423,8 +436,11 @@ def localization(cfg: Config, index: int) -> dict:
         inputs = torch.randn(model.get("feat_dim") or model.get("tem_feat_dim"), length)
         inst = InstanceData(gt_bbox=torch.tensor([[0.1, 0.3], [0.375, 0.625]]))
         if model.type == "TCANet":
-            inst.proposals = torch.rand(2, 4)
-        sample = ActionDataSample(gt_instances=inst)
+            begin = torch.rand(8) * 0.5
+            proposals = torch.stack((begin, begin + 0.1 + torch.rand(8) * 0.3, torch.rand(8)), 1)  # and their scores
+            sample = ActionDataSample(gt_instances=inst, proposals=InstanceData(proposals=proposals))
+        else:
+            sample = ActionDataSample(gt_instances=inst)
     info = dict(video_name="v", duration_second=100, duration_frame=960, feature_frame=960)
     sample.set_metainfo(info)
     return dict(inputs=inputs, data_samples=sample)
@@ -440,7 +456,7 @@ def segmentation(cfg: Config) -> Iterator[dict]:
     crop = next(iter(values(cfg.model, "img_size")), 512)
     for size in (64, 128, 256, crop if isinstance(crop, int) else max(crop)):
         batch = []
-        for index in range(2 if size < 512 else 1):
+        for index in range(2):
             sample = SegDataSample(metainfo=meta(size, index))
             sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, size, size)))
             sample.gt_edge_map = PixelData(data=torch.randint(2, (1, size, size)))
