@@ -205,6 +205,7 @@ SAME = {
 ALLOWED = {
     "i3d/i3d_r50_bn_8xb8-32x2x1-100e_kinetics400-rgb": {
         "optim_wrapper.paramwise_cfg",
+        "optim_wrapper.constructor",
         "optim_wrapper.clip_grad",
         "optim_wrapper.optimizer.nesterov",
         "train_dataloader.dataset.pipeline",

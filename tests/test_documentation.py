@@ -287,6 +287,7 @@ ADDED = [  # pattern, and what makes it short; the first that is found
 REFUSED = {
     r"--amp\b": ({1, 2}, "--amp needs a GPU and none is visible"),  # torchrun ends with 1
     r"gpu_check\.sh": ({2}, "sees no GPU here"),
+    r"tune_kernels\.py": ({2}, "sees no GPU"),
 }
 
 

@@ -42,7 +42,7 @@ def registered():
 
 def page():
     """The cells of the page by backbone and column, with the reasons in the place of their numbers."""
-    text = compatible_models.PAGE.read_text().partition(compatible_models.HEADING)[2]
+    text = compatible_models.PAGE.read_text().partition(compatible_models.HEADING)[2].partition("\n## ")[0]
     reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     header, body = rows[0], rows[2:]
