@@ -247,7 +247,7 @@ def test_rates_and_decays_of_biases_and_norms(config, expected):
     model, wrapper = Small(), copy.deepcopy(recipes.load(ROOT / "configs" / f"{config}.py").optim_wrapper)
     lr, decay = wrapper.optimizer.lr, wrapper.optimizer.weight_decay
     groups = build_optim_wrapper(model, wrapper).optimizer.param_groups
-    found = {name: next(g for g in groups if g["params"][0] is p) for name, p in model.named_parameters()}
+    found = {n: next(g for g in groups if any(q is p for q in g["params"])) for n, p in model.named_parameters()}
     expected = {"conv.weight": (1, 1), "conv.bias": (2, 0), **expected}
     assert {n: (round(g["lr"] / lr, 6), round(g["weight_decay"] / decay, 6)) for n, g in found.items()} == expected
 
