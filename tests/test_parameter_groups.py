@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import CosineAnnealingLR, build_optim_wrapper
 from torch import nn
 
 import normplug  # noqa: F401  registers the constructor
@@ -46,34 +46,36 @@ def test_steps_are_the_same_with_fewer_groups(kind):
         assert torch.equal(a, b)
 
 
-def test_a_run_with_a_group_per_parameter_goes_on(tmp_path):
-    first = model()
-    before = built(first, "DefaultOptimWrapperConstructor")
-    train(first, before, 3)
-    before.optimizer.param_groups[0]["lr"] = before.optimizer.param_groups[4]["lr"] = 0.05  # as a schedule leaves it
-    before.optimizer.param_groups[8]["lr"] = 0.05
-    torch.save(before.state_dict(), tmp_path / "optimizer.pth")
-    second = copy.deepcopy(first)
-    after = built(second, "MergedOptimWrapperConstructor")
-    after.load_state_dict(torch.load(tmp_path / "optimizer.pth"))
-    assert after.optimizer.param_groups[0]["lr"] == 0.05
-    train(first, before, 4)
-    train(second, after, 4)
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(a, b)
+def annealed(wrapper):
+    return CosineAnnealingLR(wrapper.optimizer, T_max=9, eta_min_ratio=0.1)
 
 
-def test_its_own_checkpoint_is_taken_as_it_is():
+@pytest.mark.parametrize("constructor", ["DefaultOptimWrapperConstructor", "MergedOptimWrapperConstructor"])
+def test_a_run_goes_on(constructor, tmp_path):
+    """Also one that began with a group per parameter, whose schedule has a first value for each."""
     first = model()
-    before = built(first, "MergedOptimWrapperConstructor")
-    train(first, before, 3)
+    before = built(first, constructor)
+    schedule = annealed(before)
+    for _ in range(3):
+        train(first, before, 1)
+        schedule.step()
+    torch.save([before.state_dict(), schedule.state_dict()], tmp_path / "run.pth")
     second = copy.deepcopy(first)
     after = built(second, "MergedOptimWrapperConstructor")
-    after.load_state_dict(copy.deepcopy(before.state_dict()))
-    train(first, before, 2)
-    train(second, after, 2)
+    again = annealed(after)
+    for part, state in zip((after, again), torch.load(tmp_path / "run.pth"), strict=True):
+        part.load_state_dict(state)
+    for net, wrapper, scheduler in ((first, before, schedule), (second, after, again)):
+        for _ in range(3):
+            train(net, wrapper, 1)
+            scheduler.step()
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+    rates = [
+        {id(p): group["lr"] for group in w.optimizer.param_groups for p in group["params"]} for w in (before, after)
+    ]
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert rates[0][id(a)] == rates[1][id(b)]
 
 
 def test_groups_that_are_not_treated_alike_are_not_mixed():

@@ -1,7 +1,6 @@
 """What docs/scaling.md says: sharding, gradient accumulation, and the commands that the scripts build."""
 
 import copy
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
@@ -19,6 +17,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS
+from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -218,9 +217,7 @@ def work(rank, path):
 def ranks(tmp_path_factory):
     """The folder with what the runners wrote, and the results of each rank."""
     path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(work, (path,), nprocs=WORLD, start_method="forkserver")
-    return path, [torch.load(f"{path}/{rank}.pt") for rank in range(WORLD)]
+    return path, run_ranks(work, path, WORLD)
 
 
 @pytest.mark.slow

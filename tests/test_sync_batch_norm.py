@@ -1,16 +1,15 @@
 """SyncBN: one process is plain BN; several equal a float64 BN over the joined batch, whoever has how much of it."""
 
 import copy
-import multiprocessing
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from cases import DEVICE
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -380,10 +379,7 @@ def work(rank, path):
 def ranks(tmp_path_factory):
     """The results of each rank: processes start once for all tests."""
     path = tmp_path_factory.mktemp("ranks")
-    # The server imports once what its children, the ranks, then have; they are forks of it, not of this process.
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(work, (path,), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(f"{path}/{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(work, path, WORLD)
 
 
 def flat(x):

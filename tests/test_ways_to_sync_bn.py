@@ -1,6 +1,5 @@
 """Over gloo every way to a synchronized batch norm trains, and computes what one process does with the joint batch."""
 
-import multiprocessing
 import os
 import subprocess
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.device import get_device
 from mmengine.model import BaseModel
 from mmengine.model import convert_sync_batchnorm as mmengines_conversion
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from ranks import run_ranks
 from tiny_data import make_coco
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -152,9 +151,7 @@ def work(rank, path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(work, (path,), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(f"{path}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run_ranks(work, path, WORLD, weights_only=False)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from torch import Tensor
 from normplug.kernels._activations import as_constant
 from normplug.kernels._launch import Layout, Step, dtypes_of, fits_on_chip, gates, like, planned, stream_of, vector
 from normplug.kernels._passes import (
-    Gathering,
     Parts,
     Pass,
     Statistics,
@@ -31,6 +30,7 @@ from normplug.kernels._tiles import (
     Formula,
     load,
     load_at,
+    over_positions,
     store,
     tile_constants,
 )
@@ -74,13 +74,6 @@ def _over_group(t, PACK: tl.constexpr):
         s = tl.zeros((1, 1, 1), tl.float32) + tl.sum(t)
     else:
         s = tl.sum(tl.sum(t, 2, keep_dims=True), 0, keep_dims=True)
-    return s
-
-
-@triton.jit
-def _over_rows(t, CHANNELS_LAST: tl.constexpr):
-    """Sum a tile over its positions and keep the axes."""
-    s = tl.sum(t, 0, keep_dims=True) if CHANNELS_LAST else tl.sum(t, 2, keep_dims=True)
     return s
 
 
@@ -133,11 +126,11 @@ def _group_backward(
         store(dz_ptr + start, offs, e0, mask)
     channels = inner if CHANNELS_LAST else outer
     at = n * channels + c
-    s0, s1 = _over_rows(e0, CHANNELS_LAST), _over_rows(e1, CHANNELS_LAST)
+    s0, s1 = over_positions(e0, CHANNELS_LAST), over_positions(e1, CHANNELS_LAST)
     store(parts_ptr, at, s0, valid)
     store(parts_ptr + step, at, s1, valid)
     if SUMS > 2:
-        store(parts_ptr + 2 * step, at, _over_rows(e2, CHANNELS_LAST), valid)
+        store(parts_ptr + 2 * step, at, over_positions(e2, CHANNELS_LAST), valid)
     if CENTRED:
         dx -= rstd * (_over_group(weight * s0, PACK) / values)
     dx -= (x - mean) * (rstd * rstd * (_over_group(weight * s1, PACK) / values))
@@ -294,12 +287,11 @@ def _backward(
         )
     given = Pass.over(shape, channels_last, groups, per_sample, formula.sums)
     parts = Parts.of(given.at, given.tiles, given.batches, device)
-    terms = Gathering.of(given.at, given.tiles, given.batches, given.group_size)
     return _Backward(
-        sums=sums_step(formula, given, parts, act, terms),
+        sums=sums_step(formula, given, parts, act),
         gradient=gradient_step(formula, Pass.over(shape, channels_last, groups, per_sample), act, device, parts.number),
         workspace=formula.sums * parts.number * c,
-        gates=terms.gates,
+        gates=given.gathering.gates,
     )
 
 

@@ -96,6 +96,10 @@ class Pass(NamedTuple):
         sizes = [at.outer, at.units, at.channels, self.group_size, per_sample]
         return [*sizes, self.tiles.channel_tiles, self.tiles.position_tiles]
 
+    @property
+    def gathering(self) -> "Gathering":
+        return Gathering.of(self.at, self.tiles, self.batches, self.group_size)
+
     def runs(self, device: int) -> tuple[int, int]:
         """Return in how many runs the position tiles of a sample are done, and how many tiles each has."""
         rows, tiles = self.at.samples * self.tiles.channel_tiles, self.tiles.position_tiles
@@ -421,18 +425,17 @@ def _channel_sums(
             store(t2_ptr, of, t2, group < end)
 
 
-def sums_step(formula: Formula, given: Pass, parts: Parts, act: str | None, terms: Gathering | None = None) -> Step:
+def sums_step(formula: Formula, given: Pass, parts: Parts, act: str | None) -> Step:
     """Plan the sums: (dy, x, residual, mean, rstd, weight, bias, v, u, parts, t1, t2, gates).
 
-    Parts are (formula.sums, number, C). Without terms the last three are None.
+    Parts are (formula.sums, number, C). The last three are None where t1 and t2 are not wanted.
     """
     act, slope = as_constant(act)
     at = given.at
     values = given.group_size * at.positions * at.samples // given.batches
-    together = 0 if terms is None else terms.together
-    numbers = [*given.sizes, *parts[1:], parts.number * at.channels, together, values, slope]
+    numbers = [*given.sizes, *parts[1:], parts.number * at.channels, given.gathering.together, values, slope]
     constants = {"GRADS": formula.grads, "SUMS": formula.sums, "CENTRED": formula.centred, "ACT": act}
-    constants |= {**tile_constants(at, given.tiles), **Gathering.of(at, given.tiles, 1, 1).constants}
+    constants |= {**tile_constants(at, given.tiles), **given.gathering.constants}
     return Step(_channel_sums, parts.number * given.tiles.channel_tiles, numbers, constants)
 
 

@@ -111,8 +111,8 @@ def store(ptr, offs, value, mask):
 
 @triton.jit
 def over_positions(t, CHANNELS_LAST: tl.constexpr):
-    """Sum a tile over its positions and keep both axes."""
-    s = tl.sum(t, 0, keep_dims=True) if CHANNELS_LAST else tl.sum(t, 1, keep_dims=True)
+    """Sum a tile over its positions, the first axis or the last, and keep the axes."""
+    s = tl.sum(t, 0, keep_dims=True) if CHANNELS_LAST else tl.sum(t, -1, keep_dims=True)
     return s
 
 

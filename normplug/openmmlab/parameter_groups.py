@@ -1,12 +1,14 @@
 """An optimizer with one group of parameters for all that are treated alike: a few kernels a step, not hundreds.
 
 mmengine makes a group of every parameter as soon as ``paramwise_cfg`` says that norms have no decay, and torch starts
-an optimizer's kernels for every group: of Mask R-CNN with GN, a fifth of all kernels of a training step.
+an optimizer's kernels for every group: some hundred in every step of a detector.
 """
 
+import functools
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
@@ -79,3 +81,18 @@ def _sorted_into(members: list[list[int]], state: dict[str, Any]) -> dict[str, A
             place += 1
         sorted_groups.append(first | {"params": list(range(place - len(places), place))})
     return {"state": states, "param_groups": sorted_groups}
+
+
+def _by_groups(load: Any) -> Any:
+    @functools.wraps(load)
+    def load_state_dict(self: _ParamScheduler, state_dict: dict) -> None:
+        load(self, state_dict)
+        groups = self.optimizer.param_groups
+        if len(self.base_values) != len(groups):  # of a run with a group per parameter, sorted into these by now
+            self.base_values = [group[f"initial_{self.param_name}"] for group in groups]
+
+    return load_state_dict
+
+
+if not hasattr(_ParamScheduler.load_state_dict, "__wrapped__"):
+    _ParamScheduler.load_state_dict = _by_groups(_ParamScheduler.load_state_dict)
