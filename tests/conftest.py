@@ -3,7 +3,6 @@
 Where there is no GPU the Triton kernels run in its interpreter, on CPU tensors.
 """
 
-import gc
 import os
 import shutil
 import subprocess
@@ -31,10 +30,10 @@ def seeded():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     scopes = dict(DefaultScope._instance_dict)
-    if (
-        _convolution_trace._hook is not None
-    ):  # a CBN of an earlier test: what is compiled meets its hook until it is gone
-        gc.collect()
+    # A CBN that an earlier test has left in training mode, held by a compiler's cache or by what failed: torch.compile
+    # warns of its hook.
+    for key in list(_convolution_trace._followers):
+        _convolution_trace._remove(key)
     yield
     DefaultScope._instance_dict.clear()  # a test that runs a toolkit's tool leaves its scope behind
     DefaultScope._instance_dict.update(scopes)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mmengine.optim import CosineAnnealingLR, build_optim_wrapper
+from mmengine.optim import CosineAnnealingLR, ReduceOnPlateauLR, build_optim_wrapper
 from torch import nn
 
 import normplug  # noqa: F401  registers the constructor
@@ -47,28 +47,34 @@ def test_steps_are_the_same_with_fewer_groups(kind):
 
 
 def annealed(wrapper):
-    return CosineAnnealingLR(wrapper.optimizer, T_max=9, eta_min_ratio=0.1)
+    return CosineAnnealingLR(wrapper.optimizer, T_max=9, eta_min_ratio=0.1), ()
+
+
+def reduced(wrapper):
+    """Halved in every epoch but the first, down to a bound that the second half of the run reaches."""
+    return ReduceOnPlateauLR(wrapper.optimizer, patience=0, factor=0.5, min_value=1e-3), ({"loss": 1.0},)
 
 
 @pytest.mark.parametrize("constructor", ["DefaultOptimWrapperConstructor", "MergedOptimWrapperConstructor"])
-def test_a_run_goes_on(constructor, tmp_path):
-    """Also one that began with a group per parameter, whose schedule has a first value for each."""
+@pytest.mark.parametrize("scheduled", [annealed, reduced])
+def test_a_run_goes_on(scheduled, constructor, tmp_path):
+    """Also one that began with a group per parameter, whose schedule has a value for each."""
     first = model()
     before = built(first, constructor)
-    schedule = annealed(before)
+    schedule, metrics = scheduled(before)
     for _ in range(3):
         train(first, before, 1)
-        schedule.step()
+        schedule.step(*metrics)
     torch.save([before.state_dict(), schedule.state_dict()], tmp_path / "run.pth")
     second = copy.deepcopy(first)
     after = built(second, "MergedOptimWrapperConstructor")
-    again = annealed(after)
+    again, _ = scheduled(after)
     for part, state in zip((after, again), torch.load(tmp_path / "run.pth"), strict=True):
         part.load_state_dict(state)
     for net, wrapper, scheduler in ((first, before, schedule), (second, after, again)):
         for _ in range(3):
             train(net, wrapper, 1)
-            scheduler.step()
+            scheduler.step(*metrics)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     rates = [

@@ -86,10 +86,14 @@ def _sorted_into(members: list[list[int]], state: dict[str, Any]) -> dict[str, A
 def _by_groups(load: Any) -> Any:
     @functools.wraps(load)
     def load_state_dict(self: _ParamScheduler, state_dict: dict) -> None:
+        lowest = getattr(self, "min_values", None)
         load(self, state_dict)
         groups = self.optimizer.param_groups
-        if len(self.base_values) != len(groups):  # of a run with a group per parameter, sorted into these by now
+        # What a run with a group per parameter has of each; the optimizer's are sorted into these groups by now.
+        if hasattr(self, "base_values") and len(self.base_values) != len(groups):
             self.base_values = [group[f"initial_{self.param_name}"] for group in groups]
+        if lowest is not None and len(self.min_values) != len(groups):
+            self.min_values = lowest
 
     return load_state_dict
 
