@@ -50,7 +50,7 @@ from tiny_data import overlapping, published_weights
 from normplug import bench
 
 sys.path.insert(0, str(ROOT / "tools"))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -410,8 +410,14 @@ def published_files(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def typist(tmp_path_factory):
-    """All pages typed, two at a time."""
+def typist(tmp_path_factory, request):
+    """The pages of the tests that were selected typed, two at a time; README.md always, for what it leaves behind."""
+    selected = {"README.md"}
+    for item in request.session.items:
+        if item.path == request.path and hasattr(item, "callspec"):
+            selected.add(item.callspec.params["page"])
+        elif item.path == request.path:
+            selected.update(PAGES)  # what looks at all entries
     checkout = make_checkout(tmp_path_factory.mktemp("documentation"), port=29600)
     published_files(checkout.root)
     # The presets of the study train on the whole of COCO at full size: here that is two panoramas
@@ -423,15 +429,16 @@ def typist(tmp_path_factory):
     lanes = first, [*alone, *(page for page in PAGES if page not in first + alone)]
     with ThreadPoolExecutor(2) as pool:
         for lane in lanes:
-            pool.submit(typist.pages, lane, alone)
+            pool.submit(typist.pages, [page for page in lane if page in selected], alone)
     return typist
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *(pytest.param(page, marks=pytest.mark.long) for page in PAGES[1:])])
 def test_commands(page, typist):
     assert not typist.failed[page], "\n\n".join(typist.failed[page])
 
 
+@pytest.mark.long
 def test_every_entry_is_needed(typist):
     texts = [command.text for page in PAGES for command in commands(page)]
     for table in (PLACEHOLDERS, ADDED, [(pattern, "") for pattern in REFUSED], [(e.pattern, "") for e in NOT_RUN]):

@@ -76,6 +76,7 @@ def families() -> list[Path]:
     return chosen
 
 
+@pytest.mark.long
 def test_a_config_of_every_family_trains_and_validates(checkout):
     """Two iterations and a validation each, as `journeys.smaller` makes them; two at a time."""
     context = multiprocessing.get_context("forkserver")

@@ -428,6 +428,8 @@ def test_ops_and_layers_pass_their_tests_on_kernels():
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(2400)
 def test_kernels_compile_without_spills_and_with_wide_loads():
     """For sm_80 and sm_90, every dtype and layout, on a machine without either."""
     command = [sys.executable, str(ROOT / "tools" / "kernel_facts.py"), "--check"]

@@ -67,6 +67,7 @@ def checkouts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_changes_is_told(checkouts):
     done = peer_suites(checkouts, "--timeout", 20, "--json", checkouts / "all.json")
     assert done.returncode == 1, done.stderr

@@ -17,7 +17,8 @@ STEPS = [
     ["tools/make_configs.py", "--check"],
     ["tools/results_table.py", "--check"],
     ["tools/compatibility.py", "--check"],
-    ["pytest"],
+    ["pytest", "-n", "auto"],
+    ["pytest", "-m", "long"],
 ]
 
 
