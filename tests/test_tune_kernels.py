@@ -44,14 +44,13 @@ print(json.dumps([right, times, tune.check(trials[2:], cases, torch.device("cpu"
 
 
 def test_a_trial_changes_what_it_names_and_no_more():
-    before = _launch.TILE, _groups.PER_WARP, _passes.ENOUGH, _launch.ONE_PASS
+    before = _launch.TILE, _groups.PER_WARP, _passes.ENOUGH
     tune.Trial("TILE=64,PER_WARP=128").use()
-    assert (64, 128, before[2], before[3]) == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH, _launch.ONE_PASS)
-    tune.Trial("ONE_PASS=1").use()
-    assert _launch.ONE_PASS is True
-    assert before[:3] == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
+    assert (64, 128, before[2]) == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
+    tune.Trial("ENOUGH=1").use()
+    assert (*before[:2], 1) == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
     tune.Trial(tune.PRESENT).use()
-    assert before == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH, _launch.ONE_PASS)
+    assert before == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
 
 
 def test_the_trials_that_come_with_it_are_trials():

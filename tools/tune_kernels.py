@@ -41,8 +41,6 @@ TRIALS = [
     *(f"ROW_BYTES={n}" for n in (16, 64, 128)),
     "PER_WARP=1024",
     "ROW_BYTES=64,PER_WARP=256",
-    "ONE_PASS=1",
-    "ONE_PASS=1,PIECE=4096,TEAM_REGISTERS=64",
 ]
 OPS_TRIED = ["group_norm_relu", "group_norm_add_relu"]
 

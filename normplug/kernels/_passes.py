@@ -141,14 +141,14 @@ def _gathered(
 ):  # fmt: skip
     """Count this program in; return the first group of its gate and the last but one, none unless it is the last.
 
-    What the others stored before is seen after. The gate is left open; teams leave its sign bit in either state.
+    What the others stored before is seen after. The gate is left open.
     """
     tl.debug_barrier()
     first = channel_tile // together * together
     programs = splits * tl.minimum(together, channel_tiles - first)
     gate_ptr += batch * ((channel_tiles + together - 1) // together) + channel_tile // together
     before = tl.atomic_add(gate_ptr, 1, sem="acq_rel", scope="gpu")
-    is_last = (before & 2147483647) == programs - 1
+    is_last = before == programs - 1
     if is_last:
         tl.store(gate_ptr, 0)
     tl.debug_barrier()
