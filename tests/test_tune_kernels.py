@@ -34,11 +34,11 @@ interpreted.pytest_configure(Config)
 import tune_kernels as tune
 from normplug.bench.shapes import Shape
 from normplug.kernels import _passes
-trials = [tune.Trial(text) for text in (tune.PRESENT, "TILE=1024,PROGRAMS_PER_SM=1", "ON_CHIP=1,LONGEST_RUN=2")]
+trials = [tune.Trial(text) for text in (tune.PRESENT, "TILE=1024,ENOUGH=1", "ON_CHIP=1,LONGEST_RUN=2")]
 cases = [(tune.OPS["group_norm_relu"], Shape("tiny", "map", "act", ((1, 64, 4, 6),)), "float32", "channels_last")]
 right = tune.check(trials, cases, torch.device("cpu"))
 times = tune.measure(trials, cases[0], torch.device("cpu"), 0.001)
-_passes.AT_ONCE = 0  # no part is joined
+_passes.IN_ROWS = 0  # no part is joined
 print(json.dumps([right, times, tune.check(trials[2:], cases, torch.device("cpu"))]))
 """
 

@@ -267,7 +267,7 @@ def _backward(
     return _Backward(
         sums=sums_step(formula, given, parts, act),
         gradient=gradient_step(formula, Pass.over(shape, channels_last, groups, per_sample), act, device, parts.number),
-        workspace=formula.sums * parts.number * c,
+        workspace=formula.sums * parts.number * c + given.gathering.totals,
         gates=given.gathering.gates,
     )
 

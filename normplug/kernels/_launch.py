@@ -22,8 +22,9 @@ TILE = 2048
 # The shortest row of a tile: shorter ones leave lanes of a warp idle. And the longest one of channels: sums over wider
 # tiles of fewer rows spend their time in shared memory, in each program's exchange between its warps.
 SHORTEST, WIDEST = 32, 64
-# Programs per multiprocessor among which the sums of a first pass are shared: with more of them there is more to join.
-PROGRAMS_PER_SM = 4
+# Programs per multiprocessor among which the sums of a first pass are shared: with more of them there is more to join,
+# above all channels-last, where each has all channels of a tile.
+PROGRAMS_PER_SM, PROGRAMS_PER_SM_CHANNELS_LAST = 6, 4
 # Values that one program of 16 warps holds in registers without spilling. And the bytes that neighbouring groups of a
 # position should have in it, channels-last: a sector of the L2 cache.
 ON_CHIP, ROW_BYTES = 16384, 32
@@ -104,9 +105,10 @@ def tiling(at: Layout, sums: int = 0) -> Tiling:
     return Tiling(block_outer, block_inner, *((inner, outer) if at.channels_last else (outer, inner)))
 
 
-def split(programs: int, tiles: int, device: int) -> int:
+def split(programs: int, tiles: int, channels_last: bool, device: int) -> int:
     """Return into how many programs, at most, to cut a sum over tiles: ``programs`` such sums shall fill the device."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(device), max(programs, 1))
+    per_multiprocessor = PROGRAMS_PER_SM_CHANNELS_LAST if channels_last else PROGRAMS_PER_SM
+    wanted = triton.cdiv(per_multiprocessor * multiprocessors(device), max(programs, 1))
     return max(1, min(wanted, tiles))
 
 
