@@ -22,7 +22,7 @@ from normplug.ops._registration import has_triton
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
 
-from normplug.kernels import _launch
+from normplug.kernels import _launch, _passes
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = DEVICE == "cuda"
@@ -250,6 +250,18 @@ def test_same_bits_whoever_comes_last(norm, channels_last, monkeypatch):
     monkeypatch.setattr(builder, "set_grid_idx", moved)
     for a, b in zip(NORMS[norm][0](*data, None, 2), want, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2, 24])
+@pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
+def test_more_parts_and_groups_than_are_joined_at_a_time(norm, groups, monkeypatch):
+    """Channels-last, of 72 channels in tiles of 32: 10 parts by 4, 24 groups by 8, 72 channels of a group by 16."""
+    sized(128, 1)
+    monkeypatch.setattr(_passes, "IN_ROWS", 128)
+    monkeypatch.setattr(_passes, "AT_ONCE", 128)
+    assert _launch.tiling(_launch.Layout.of(torch.Size((2, 72, 5, 8)), True))[:2] == (4, 32)
+    compare(norm, *tensors((2, 72, 5, 8), torch.float32, True, 3.0), None, groups, scale=4)
 
 
 @pytest.mark.parametrize("norm", NORMS)

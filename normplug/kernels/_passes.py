@@ -13,8 +13,8 @@ and backward
 A group's last program is the one that is last to count itself in a counter ("gate") of its channels: it reads what the
 others have stored, in the order in which the parts stand. Channels-last there are many parts of few channels: it joins
 those of each channel first, rows of neighbouring channels at a time, and then the channels of groups. Sums are float32
-in a fixed order whoever comes last: the same bits on every run. Programs of ``apply`` and ``gradient`` go through x from
-its end, which the pass before has left in the cache.
+in a fixed order whoever comes last: the same bits on every run. Programs of ``apply`` and ``gradient`` go through x
+from its end, which the pass before has left in the cache.
 """
 
 import math
@@ -42,10 +42,10 @@ from normplug.kernels._tiles import (
 
 __all__ = ["Parts", "Pass", "Statistics", "add_step", "apply_step", "gradient_step", "sums_step"]
 
-# Partial results that the last program of a group reads at a time, groups x parts of one; channels-last so many groups x
-# channels of one, and before, in rows, parts of a tile's channels. Each time it waits for the L2 cache: the more, the
-# fewer waits, but with twice as many in either the kernels need up to 128 registers.
-AT_ONCE, GROUPS, IN_ROWS = 512, 8, 2048
+# Partial results that the last program of a group reads at a time: groups x parts of one, or channels-last so many
+# groups x channels of one, and before that rows of a tile's channels. Each time it waits for the L2 cache; but with
+# twice as many the compiler runs out of registers.
+AT_ONCE, GROUPS, IN_ROWS = 512, 8, 1024
 # Tile in which gradients of parameters are summed up: partial sums x channels.
 ADDED, ADDERS = 128, 16
 # Position tiles that a program of apply or gradient does at most, for what it loads once; and programs per
