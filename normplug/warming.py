@@ -178,11 +178,9 @@ def compile_all(
 
 
 def _compile(start: Start, target: Any) -> None:
-    from normplug.kernels._launch import options_of
     from normplug.kernels._recording import resolve
     from normplug.kernels._stub_driver import stub_driver
 
     with stub_driver(target):
         constants = {name: resolve(v) if isinstance(v, str) and ":" in v else v for name, v in start.constants}
-        options = options_of(start.warps, constants)
-        resolve(start.kernel).warmup(*start.args, grid=(1,), **options, **constants)
+        resolve(start.kernel).warmup(*start.args, grid=(1,), num_warps=start.warps, **constants)

@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import kernel_facts
 
-from normplug.kernels import _launch
-
 # float32 for both, but other activations and the half types, which are only converted, for one of them each.
 ARCHS = {"fp32": kernel_facts.ARCHS, "bf16": kernel_facts.ARCHS[:1], "fp16": kernel_facts.ARCHS[1:]}
 
@@ -46,30 +44,18 @@ def archs(launch):
     return every[-1:] if dict(launch.constants).get("ACT") in ("silu", "gelu") else every
 
 
-def with_teams():
-    """Return what the package launches, and would launch with teams, which are switched off."""
-    launches = kernel_facts.launches()
-    _launch.ONE_PASS = True
-    return launches + kernel_facts.launches()
-
-
 def compiled(launch, arch):
     kernel = kernel_facts.compiled(launch, arch)
-    usage = kernel_facts.resource_usage(kernel.asm["cubin"]) if "_team_" in launch.kernel else {}
     return {
         "name": " ".join(map(str, (*kind(launch), f"sm_{arch}"))),
         "act": dict(launch.constants).get("ACT"),
-        "cooperative": kernel.metadata.launch_cooperative_grid,
-        "usage": usage,
-        "loads": kernel_facts.widths(kernel.asm["ptx"], "ld", launch),
-        "width": str(launch.width),
         "instructions": instructions(kernel.asm["ptx"]),
     }
 
 
 def main():
     kinds = {}
-    for launch in with_every_activation(with_teams()):
+    for launch in with_every_activation(kernel_facts.launches()):
         kinds.setdefault(kind(launch), launch)
     tasks = [(launch, arch) for launch in kinds.values() for arch in archs(launch)]
     with ProcessPoolExecutor() as pool:

@@ -22,7 +22,7 @@ from normplug.ops._registration import has_triton
 if not has_triton():
     pytest.skip("Triton comes with torch on Linux only", allow_module_level=True)
 
-from normplug.kernels import _launch, _teams
+from normplug.kernels import _launch, _passes
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = DEVICE == "cuda"
@@ -31,23 +31,21 @@ ACTS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F
 # half types: their one rounding, which Triton's interpreter does by cutting off where the type is bfloat16.
 ULPS = {torch.float32: 24, torch.float16: 0.6, torch.bfloat16: 0.6 if CUDA else 1.1}
 DTYPES = st.sampled_from(list(ULPS))
-PIECE = _launch.PIECE
 
 
 def kernel(name):
     return importlib.import_module(f"normplug.kernels.{name}")
 
 
-def sized(tile=None, on_chip=None, piece=None):
-    """Let tiles have so many values, and kernels for one pass; with a piece of a group, teams hold larger ones."""
+def sized(tile=None, on_chip=None):
+    """Let tiles have so many values, and kernels that hold groups whole."""
     _launch.TILE, _launch.ON_CHIP = tile or _launch.TILE, on_chip or _launch.ON_CHIP
-    _launch.ONE_PASS, _launch.PIECE = piece is not None, piece or PIECE
     _launch.forget_plans()
 
 
 @pytest.fixture(autouse=True)
 def restored_tiles():
-    before = _launch.TILE, _launch.ON_CHIP  # sized also switches teams off
+    before = _launch.TILE, _launch.ON_CHIP
     yield
     sized(*before)
 
@@ -147,8 +145,8 @@ def compare(norm, dy, x, weight, bias, v, residual, act, groups, scale=1.0):
         assert error <= ulps, f"{name} is {error:.1f} ulps off"
 
 
-# Values of a group that a program holds, and of a piece of a larger one: by passes, on chip, by teams.
-WAYS = [(1, None), (16384, None), (1, 64)]
+# Values of a group that a program holds: by passes, on chip.
+WAYS = [1, 16384]
 # Channels; maps have four times as many values. In the interpreter a program takes milliseconds.
 MOST = 40 if CUDA else 12
 
@@ -170,7 +168,7 @@ def cases(draw):
         "residual": draw(st.booleans()),
         "mean": draw(st.sampled_from([0.0, 3.0])),
         "tile": draw(st.sampled_from([128, 2048])),
-        "way": draw(st.sampled_from(WAYS)),
+        "on_chip": draw(st.sampled_from(WAYS)),
     }
 
 
@@ -192,7 +190,7 @@ def test_any_shape_layout_and_dtype(norm, case):
     values = per_statistic.get(norm, positions if norm != "batch_norm" else shape[0] * positions)
     if values < MANY_ENOUGH:
         shape = (shape[0], *[6 * groups] * 1, *shape[2:]) if norm in per_statistic else (*shape[:2], 7)
-    sized(case["tile"], *case["way"])
+    sized(case["tile"], case["on_chip"])
     alone = norm.startswith(("evonorm", "filter"))
     data = tensors(shape, case["dtype"], case["channels_last"], case["mean"], case["residual"] and not alone)
     # x - mean loses as many digits as the mean has more than x - mean
@@ -200,22 +198,22 @@ def test_any_shape_layout_and_dtype(norm, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
+@pytest.mark.parametrize("on_chip", WAYS, ids=["split", "on-chip"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
-def test_mean_1000_and_variance_1(norm, channels_last, on_chip, piece):
+def test_mean_1000_and_variance_1(norm, channels_last, on_chip):
     """E[x²] - E[x]² in float32 returns noise here. What is allowed is the spacing of float32 at 1000."""
-    sized(512, on_chip, piece)
+    sized(512, on_chip)
     dy, x, weight, bias, v, _ = tensors((2, 8, 25, 37), torch.float32, channels_last, 1000.0)
     compare(norm, dy, x, weight, bias, v, None, None, 2, scale=1000 / 24)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
+@pytest.mark.parametrize("on_chip", WAYS, ids=["split", "on-chip"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_same_bits_on_every_run(norm, on_chip, piece, channels_last):
-    sized(512 if channels_last else 128, on_chip, piece)
+def test_same_bits_on_every_run(norm, on_chip, channels_last):
+    sized(512 if channels_last else 128, on_chip)
     data = tensors((2, 4, 9, 20), torch.float32, channels_last)
     first, second = (NORMS[norm][0](*data, None, 2) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -255,30 +253,15 @@ def test_same_bits_whoever_comes_last(norm, channels_last, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(
-    ("norm", "dtype", "act", "residual", "groups"),
-    [
-        ("group_norm", torch.float32, "relu", True, 2),
-        ("group_norm", torch.bfloat16, None, False, 1),
-        ("group_norm", torch.float16, "silu", True, 1),
-        ("evonorm_s0", torch.float32, None, False, 2),
-        ("filter_response_norm", torch.float32, None, False, 8),
-    ],
-)
-def test_teams_do_one_group_after_the_other(norm, dtype, act, residual, groups, channels_last, monkeypatch):
-    """More groups than teams, and a last member whose piece is cut short."""
-    sized(on_chip=1, piece=128 if norm == "filter_response_norm" else 256)
-    monkeypatch.setattr(_launch, "resident", lambda _device: 10)
-    started = []
-    monkeypatch.setattr(
-        _teams, "gates", lambda x, *_: started.append(torch.zeros(10).int().to(x.device)) or started[-1]
-    )
-    compare(norm, *tensors((3, 8, 7, 19), dtype, channels_last, has_residual=residual), act, groups, scale=2)
-    narrow = channels_last and norm == "filter_response_norm"  # 4 bytes per position: left to the passes
-    assert len(started) == (0 if narrow else 2)
-    for counters in started:  # open for the next launch
-        assert not (counters & 0x7FFFFFFF).any()
+@pytest.mark.parametrize("groups", [1, 2, 24])
+@pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
+def test_more_parts_and_groups_than_are_joined_at_a_time(norm, groups, monkeypatch):
+    """Channels-last, of 72 channels in tiles of 32: 10 parts by 4, 24 groups by 8, 72 channels of a group by 16."""
+    sized(128, 1)
+    monkeypatch.setattr(_passes, "IN_ROWS", 128)
+    monkeypatch.setattr(_passes, "AT_ONCE", 128)
+    assert _launch.tiling(_launch.Layout.of(torch.Size((2, 72, 5, 8)), True))[:2] == (4, 32)
+    compare(norm, *tensors((2, 72, 5, 8), torch.float32, True, 3.0), None, groups, scale=4)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -312,12 +295,12 @@ def test_nan_and_infinity_stay_in_their_group():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in the interpreter
-@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
+@pytest.mark.parametrize("on_chip", WAYS, ids=["split", "on-chip"])
 @pytest.mark.parametrize("argument", range(6), ids=["dy", "x", "weight", "bias", "v", "residual"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_nan_comes_out_wherever_the_formula_has_it(norm, argument, on_chip, piece):
+def test_nan_comes_out_wherever_the_formula_has_it(norm, argument, on_chip):
     """A maximum of a GPU returns the number of a number and NaN."""
-    sized(on_chip=on_chip, piece=piece)
+    sized(on_chip=on_chip)
     alone = norm.startswith(("evonorm", "filter"))
     if argument == 5 and alone:
         pytest.skip("takes no residual")
@@ -339,11 +322,11 @@ def test_slices_of_memory_that_are_not_aligned():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(("on_chip", "piece"), WAYS, ids=["split", "on-chip", "team"])
+@pytest.mark.parametrize("on_chip", WAYS, ids=["split", "on-chip"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_parameters_of_any_stride_address_and_dtype(norm, on_chip, piece):
+def test_parameters_of_any_stride_address_and_dtype(norm, on_chip):
     """Every other value of a tensor, one for all channels, a view at an odd address, half and double precision."""
-    sized(on_chip=on_chip, piece=piece)
+    sized(on_chip=on_chip)
     dy, x, *parameters, _ = tensors((1, 4, 9, 8), torch.float32, False)
     for change in (
         lambda p: torch.stack([p, p + 9], 1)[:, 0],

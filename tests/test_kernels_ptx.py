@@ -75,22 +75,6 @@ def test_instructions_do_on_a_gpu_what_the_interpreter_does(compiled):
 
 
 @pytest.mark.slow
-def test_teams_wait_for_each_other(compiled):
-    """By one release and one acquire of the whole GPU, all resident: registers for two programs a multiprocessor."""
-    teams = [kernel for kernel in compiled if "_team_" in kernel["name"]]
-    assert {kernel["name"].split()[0].split(":")[1] for kernel in teams} == {"_team_forward", "_team_backward"}
-    for kernel in teams:
-        assert kernel["cooperative"], kernel["name"]
-        assert kernel["usage"]["REG"] <= 128, kernel
-        assert kernel["usage"]["STACK"] == kernel["usage"]["LOCAL"] == 0, kernel
-        assert kernel["loads"] == kernel["width"], kernel
-        ordered = [name for name in kernel["instructions"] if "acquire" in name or "release" in name]
-        assert sorted(re.sub(r".*\.(acquire|release).*", r"\1", name) for name in ordered) == ["acquire", "release"]
-        assert all(".gpu." in name and ".global" in name for name in ordered), ordered
-    assert not [kernel["name"] for kernel in compiled if kernel["cooperative"] and kernel not in teams]
-
-
-@pytest.mark.slow
 def test_who_joins_sees_what_the_others_stored(compiled):
     """One operation of the whole GPU releases what a program has stored and acquires what the others have."""
     gathering = "_partial_statistics", "_channel_sums"

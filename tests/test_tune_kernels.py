@@ -34,24 +34,23 @@ interpreted.pytest_configure(Config)
 import tune_kernels as tune
 from normplug.bench.shapes import Shape
 from normplug.kernels import _passes
-trials = [tune.Trial(text) for text in (tune.PRESENT, "TILE=1024,PROGRAMS_PER_SM=1", "ON_CHIP=1,LONGEST_RUN=2")]
+trials = [tune.Trial(text) for text in (tune.PRESENT, "TILE=1024,ENOUGH=1", "ON_CHIP=1,LONGEST_RUN=2")]
 cases = [(tune.OPS["group_norm_relu"], Shape("tiny", "map", "act", ((1, 64, 4, 6),)), "float32", "channels_last")]
 right = tune.check(trials, cases, torch.device("cpu"))
 times = tune.measure(trials, cases[0], torch.device("cpu"), 0.001)
-_passes.AT_ONCE = 0  # no part is joined
+_passes.IN_ROWS = 0  # no part is joined
 print(json.dumps([right, times, tune.check(trials[2:], cases, torch.device("cpu"))]))
 """
 
 
 def test_a_trial_changes_what_it_names_and_no_more():
-    before = _launch.TILE, _groups.PER_WARP, _passes.ENOUGH, _launch.ONE_PASS
+    before = _launch.TILE, _groups.PER_WARP, _passes.ENOUGH
     tune.Trial("TILE=64,PER_WARP=128").use()
-    assert (64, 128, before[2], before[3]) == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH, _launch.ONE_PASS)
-    tune.Trial("ONE_PASS=1").use()
-    assert _launch.ONE_PASS is True
-    assert before[:3] == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
+    assert (64, 128, before[2]) == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
+    tune.Trial("ENOUGH=1").use()
+    assert (*before[:2], 1) == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
     tune.Trial(tune.PRESENT).use()
-    assert before == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH, _launch.ONE_PASS)
+    assert before == (_launch.TILE, _groups.PER_WARP, _passes.ENOUGH)
 
 
 def test_the_trials_that_come_with_it_are_trials():

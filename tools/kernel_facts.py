@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normplug.kernels import _launch, _recording
+from normplug.kernels import _recording
 from normplug.kernels._recording import resolve
 from normplug.reporting import markdown_table
 
@@ -155,8 +155,7 @@ def compiled(launch: Launch, arch: int) -> Any:
     source = ASTSource(resolve(seen.kernel), dict(seen.signature), constants, attributes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-        options = _launch.options_of(seen.warps, constants)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": seen.warps})
 
 
 def compile_for(launch: Launch, arch: int) -> list[str]:

@@ -33,16 +33,15 @@ from normplug.reporting import markdown_table
 
 PRESENT = "present"
 TRIALS = [
-    *(f"PROGRAMS_PER_SM={n}" for n in (2, 3, 6, 8)),
+    *(f"PROGRAMS_PER_SM={n}" for n in (4, 8)),
+    *(f"PROGRAMS_PER_SM_CHANNELS_LAST={n}" for n in (2, 3, 6, 8)),
     *(f"WIDEST={n}" for n in (32, 128)),
     *(f"TILE={n}" for n in (1024, 4096)),
-    *(f"ENOUGH={n}" for n in (8, 32)),
+    *(f"ENOUGH={n}" for n in (16, 64)),
     *(f"LONGEST_RUN={n}" for n in (4, 16)),
     *(f"ROW_BYTES={n}" for n in (16, 64, 128)),
     "PER_WARP=1024",
     "ROW_BYTES=64,PER_WARP=256",
-    "ONE_PASS=1",
-    "ONE_PASS=1,PIECE=4096,TEAM_REGISTERS=64",
 ]
 OPS_TRIED = ["group_norm_relu", "group_norm_add_relu"]
 

@@ -39,47 +39,34 @@ def run() -> dict[str, Any]:
 
 
 def _count(model: str, shapes: list[Any], channels_last: bool) -> dict[str, Any]:
-    """Count as the package does it, and as it would if larger groups were normalized in one pass where they can be."""
-    row = {"model": model, "layout": "channels-last" if channels_last else "contiguous", "least": 0}
-    row |= {"layers": sum(shape.layers for shape in shapes)}
-    row |= dict.fromkeys(("kernels", "bytes", "one_pass_kernels", "one_pass_bytes"), 0)
+    row = {"model": model, "layout": "channels-last" if channels_last else "contiguous"}
+    row |= {"layers": sum(shape.layers for shape in shapes), "kernels": 0, "bytes": 0, "least": 0}
     for shape in shapes:
         adds, size = shape.role == "add", shape.layers * math.prod(shape.dims[0]) * DTYPE.itemsize
         least = sum(tensors[adds] for tensors in LEAST.values())
         row["least"] += least * size
-        for prefix in "", "one_pass_":
-            names = _started(shape, channels_last, one_pass=bool(prefix))
-            kinds = {name.split("_")[-1] for name in names if name.startswith(("_group_", "_team_"))}
-            again = sum(tensors[adds] for way, tensors in AGAIN.items() if way not in kinds)
-            row[f"{prefix}kernels"] += shape.layers * len(names)
-            row[f"{prefix}bytes"] += (least + again) * size
+        names = _started(shape, channels_last)
+        whole = {name.split("_")[-1] for name in names if name.startswith("_group_")}
+        again = sum(tensors[adds] for way, tensors in AGAIN.items() if way not in whole)
+        row["kernels"] += shape.layers * len(names)
+        row["bytes"] += (least + again) * size
     return row
 
 
-def _started(shape: Any, channels_last: bool, one_pass: bool) -> list[str]:
+def _started(shape: Any, channels_last: bool) -> list[str]:
     """Return the names of the kernels of a layer."""
-    from normplug.kernels import _launch, _teams
     from normplug.kernels._recording import record
 
     module = importlib.import_module(f"normplug.kernels.{NORM}")
-    before, _launch.ONE_PASS = _launch.ONE_PASS, one_pass
-    try:
-        launches = record(partial(step, module, NORM, shape.dims[0], shape.role, DTYPE, channels_last))
-    finally:
-        _launch.ONE_PASS = before
-        _launch.forget_plans()
-    # The interpreter has a launch for each side of a barrier.
-    launches = [launch for launch in launches if dict(launch.constants).get("PHASE") != _teams.AFTER]
+    launches = record(partial(step, module, NORM, shape.dims[0], shape.role, DTYPE, channels_last))
     return [launch.kernel.split(":")[1] for launch in launches]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of a run."""
-    head = ["model", "layout", "norms", "kernels", "GB", "ms", "one pass: kernels", "GB", "ms"]
+    head = ["model", "layout", "norms", "kernels", "GB", "ms"]
     lines = []
     for row in result["rows"]:
-        line = [row["model"], row["layout"], str(row["layers"])]
-        for kernels, size in (("kernels", "bytes"), ("one_pass_kernels", "one_pass_bytes")):
-            line += [str(row[kernels]), f"{row[size] / 1e9:.2f}", f"{row[size] / BANDWIDTH * 1e3:.2f}"]
-        lines.append(line)
+        numbers = f"{row['bytes'] / 1e9:.2f}", f"{row['bytes'] / BANDWIDTH * 1e3:.2f}"
+        lines.append([row["model"], row["layout"], str(row["layers"]), str(row["kernels"]), *numbers])
     return markdown_table([head, *lines])

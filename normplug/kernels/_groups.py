@@ -23,7 +23,6 @@ from normplug.kernels._passes import (
     gradient_step,
     sums_step,
 )
-from normplug.kernels._teams import Team, TeamStep, backward_step, forward_step
 from normplug.kernels._tiles import (
     PER_CHANNEL,
     SIZES,
@@ -138,10 +137,9 @@ def _group_backward(
 
 
 class _Forward(NamedTuple):
-    """What ``forward`` does: one kernel (whole or team), or two, statistics and apply."""
+    """What ``forward`` does: one kernel, or two, statistics and apply."""
 
     whole: Step | None = None
-    team: TeamStep | None = None
     statistics: Step | None = None
     apply: Step | None = None
     workspace: int = 0
@@ -161,8 +159,6 @@ def _forward(
         constants = {"VALUE": formula.value, "ACT": act, "HAS_MEAN": formula.has_mean, **tile.constants}
         whole = Step(_group_forward, tile.programs, [*tile.sizes, eps, slope], constants, tile.warps)
         return _Forward(whole, shape=of_groups)
-    if per_sample and (team := _team(shape, channels_last, dtype, groups, 1, device)):
-        return _Forward(team=forward_step(formula, team, eps, act), workspace=team.exchanged, shape=of_groups)
     statistics = Statistics.of(shape, channels_last, groups, per_sample, device)
     return _Forward(
         statistics=statistics.step(eps, formula.has_mean),
@@ -208,14 +204,6 @@ def _whole(shape: torch.Size, channels_last: bool, dtype: torch.dtype, groups: i
     return _Whole(shape[0] * triton.cdiv(groups, pack), warps, sizes, constants)
 
 
-def _team(
-    shape: torch.Size, channels_last: bool, dtype: torch.dtype, groups: int, tensors: int, device: int
-) -> Team | None:
-    group_size = shape[1] // groups
-    at = Layout.of(shape, channels_last, channels=group_size)
-    return Team.of(at, group_size, dtype.itemsize, tensors, device)
-
-
 def forward(
     formula: Formula, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, v: Tensor | None,
     eps: float, act: str | None = None, residual: Tensor | None = None, per_sample: bool = True,
@@ -245,19 +233,15 @@ def forward(
         plan.whole(stream, x, y, residual, mean, rstd, weight, bias, v)
         return y, mean, rstd, m2
     parts = x.new_empty(plan.workspace, dtype=torch.float32)
-    if plan.team is not None:
-        plan.team(stream, x, y, residual, mean, rstd, weight, bias, v, parts)
-        return y, mean, rstd, m2
     plan.statistics(stream, x, parts, mean, rstd, m2, gates(x, stream, plan.gates))
     plan.apply(stream, x, y, residual, mean, rstd, weight, bias, v, None)
     return y, mean, rstd, m2
 
 
 class _Backward(NamedTuple):
-    """What ``backward`` does: one kernel for dx (whole or team) and add, or two, sums and gradient."""
+    """What ``backward`` does: one kernel for dx and add, or two, sums and gradient."""
 
     whole: Step | None = None
-    team: TeamStep | None = None
     add: Step | None = None
     sums: Step | None = None
     gradient: Step | None = None
@@ -278,19 +262,12 @@ def _backward(
         constants |= tile.constants
         whole = Step(_group_backward, tile.programs, [*tile.sizes, n * c, slope], constants, tile.warps)
         return _Backward(whole, add=add_step(c, n), workspace=formula.sums * n * c)
-    if per_sample and (team := _team(shape, channels_last, dtype, groups, 2, device)):
-        rows = n * team.members
-        return _Backward(
-            team=backward_step(formula, team, act),
-            add=add_step(c, rows),
-            workspace=formula.sums * rows * c + team.exchanged,
-        )
     given = Pass.over(shape, channels_last, groups, per_sample, formula.sums)
     parts = Parts.of(given.at, given.tiles, given.batches, device)
     return _Backward(
         sums=sums_step(formula, given, parts, act),
         gradient=gradient_step(formula, Pass.over(shape, channels_last, groups, per_sample), act, device, parts.number),
-        workspace=formula.sums * parts.number * c,
+        workspace=formula.sums * parts.number * c + given.gathering.totals,
         gates=given.gathering.gates,
     )
 
@@ -319,8 +296,8 @@ def backward(
         residual = like(residual, dx)
     stream = stream_of(device)
     parts = x.new_empty(plan.workspace, dtype=torch.float32)
-    if (whole := plan.whole or plan.team) is not None:
-        whole(stream, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz)
+    if plan.whole is not None:
+        plan.whole(stream, dy, x, residual, mean, rstd, weight, bias, v, parts, dx, dz)
         plan.add(stream, parts, dbias, dweight, dv)
         return dx, dbias, dweight, dv, none
     t1 = torch.empty_like(rstd) if formula.centred else None

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 __all__ = [
-    "COOPERATIVE", "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "gates", "like",
-    "multiprocessors", "options_of", "planned", "resident", "run", "split", "stream_of", "tiling", "vector",
+    "Layout", "Step", "Tiling", "dtypes_of", "fits_on_chip", "forget_plans", "gates", "like", "multiprocessors",
+    "planned", "run", "split", "stream_of", "tiling", "vector",
 ]  # fmt: skip
 
 Plan = TypeVar("Plan")
@@ -22,19 +22,12 @@ TILE = 2048
 # The shortest row of a tile: shorter ones leave lanes of a warp idle. And the longest one of channels: sums over wider
 # tiles of fewer rows spend their time in shared memory, in each program's exchange between its warps.
 SHORTEST, WIDEST = 32, 64
-# Programs per multiprocessor among which the sums of a first pass are shared: with more of them there is more to join.
-PROGRAMS_PER_SM = 4
+# Programs per multiprocessor among which the sums of a first pass are shared: with more of them there is more to join,
+# above all channels-last, where each has all channels of a tile.
+PROGRAMS_PER_SM, PROGRAMS_PER_SM_CHANNELS_LAST = 6, 4
 # Values that one program of 16 warps holds in registers without spilling. And the bytes that neighbouring groups of a
 # position should have in it, channels-last: a sector of the L2 cache.
 ON_CHIP, ROW_BYTES = 16384, 32
-# Whether larger groups are normalized in one pass by teams of programs (_teams.py). Off until a GPU has shown it:
-# nobody has run it, and a barrier that is wrong hangs a training run.
-ONE_PASS = False
-# Values that a program of a team holds, its warps, and the registers of a thread that the compiler may use at most:
-# with them 2 programs are on a multiprocessor of 65536 registers, one of which may load while the other waits.
-PIECE, TEAM_WARPS, TEAM_REGISTERS = 8192, 8, 128
-# The constant PHASE of a kernel whose programs wait for each other, so that all must be resident.
-COOPERATIVE = 0
 
 
 class Layout(NamedTuple):
@@ -112,9 +105,10 @@ def tiling(at: Layout, sums: int = 0) -> Tiling:
     return Tiling(block_outer, block_inner, *((inner, outer) if at.channels_last else (outer, inner)))
 
 
-def split(programs: int, tiles: int, device: int) -> int:
+def split(programs: int, tiles: int, channels_last: bool, device: int) -> int:
     """Return into how many programs, at most, to cut a sum over tiles: ``programs`` such sums shall fill the device."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(device), max(programs, 1))
+    per_multiprocessor = PROGRAMS_PER_SM_CHANNELS_LAST if channels_last else PROGRAMS_PER_SM
+    wanted = triton.cdiv(per_multiprocessor * multiprocessors(device), max(programs, 1))
     return max(1, min(wanted, tiles))
 
 
@@ -124,11 +118,6 @@ def multiprocessors(device: int) -> int:
     if device < 0:
         return 132  # the interpreter takes its time whatever the number; this is what an H200 has
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def resident(device: int) -> int:
-    """Return how many programs of teams are on the device at once: registers decide, before the 2048 threads."""
-    return multiprocessors(device) * min(65536 // (TEAM_REGISTERS * 32 * TEAM_WARPS), 2048 // (32 * TEAM_WARPS))
 
 
 def fits_on_chip(at: Layout, group_size: int, itemsize: int, tensors: int) -> tuple[int, int, int] | None:
@@ -239,14 +228,7 @@ class Step:
 
 def run(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> Any:
     """Start a kernel through Triton and return it compiled (None in the interpreter); every first launch comes here."""
-    return kernel[(programs,)](*args, **constants, **options_of(warps, constants))
-
-
-def options_of(warps: int, constants: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with which the compiler takes a kernel of so many warps and these constants."""
-    if constants.get("PHASE") != COOPERATIVE:
-        return {"num_warps": warps}
-    return {"num_warps": warps, "maxnreg": TEAM_REGISTERS, "launch_cooperative_grid": True}
+    return kernel[(programs,)](*args, **constants, num_warps=warps)
 
 
 # Counters at which programs meet, of each device and stream.
@@ -255,9 +237,9 @@ _gates: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def gates(x: Tensor, stream: int, number: int) -> Tensor:
-    """Return so many counters for programs that meet, which are open: 0 or the sign bit.
+    """Return so many counters for programs that meet, which are open: 0.
 
-    Whoever uses one leaves it as the next one takes it, so that nothing has to be zeroed between launches: that would
+    The last program at one leaves it at 0 again, so that nothing has to be zeroed between launches: that would
     be one more kernel for every layer. Launches on one stream do not overlap and share them. A CUDA graph may be
     replayed beside any of these, so that each launch that is captured zeroes its own.
     """

@@ -11,9 +11,10 @@ and backward
     gradient             dx = local - t1 - (x - mean) * t2, and the gradients of parameters
 
 A group's last program is the one that is last to count itself in a counter ("gate") of its channels: it reads what the
-others have stored, in the order in which the parts stand. Sums are float32 in a fixed order whoever comes last: the
-same bits on every run. Programs of ``apply`` and ``gradient`` go through x from its end, which the pass before has left
-in the cache.
+others have stored, in the order in which the parts stand. Channels-last there are many parts of few channels: it joins
+those of each channel first, rows of neighbouring channels at a time, and then the channels of groups. Sums are float32
+in a fixed order whoever comes last: the same bits on every run. Programs of ``apply`` and ``gradient`` go through x
+from its end, which the pass before has left in the cache.
 """
 
 import math
@@ -41,13 +42,15 @@ from normplug.kernels._tiles import (
 
 __all__ = ["Parts", "Pass", "Statistics", "add_step", "apply_step", "gradient_step", "sums_step"]
 
-# Partial results that the last program of a group reads at a time: groups x parts of one.
-AT_ONCE = 512
+# Partial results that the last program of a group reads at a time: groups x parts of one, or channels-last so many
+# groups x channels of one, and before that rows of a tile's channels. Each time it waits for the L2 cache; but with
+# twice as many the compiler runs out of registers.
+AT_ONCE, GROUPS, IN_ROWS = 512, 8, 1024
 # Tile in which gradients of parameters are summed up: partial sums x channels.
 ADDED, ADDERS = 128, 16
 # Position tiles that a program of apply or gradient does at most, for what it loads once; and programs per
 # multiprocessor that are enough to leave it at that.
-LONGEST_RUN, ENOUGH = 8, 16
+LONGEST_RUN, ENOUGH = 8, 32
 
 
 class Parts(NamedTuple):
@@ -62,7 +65,7 @@ class Parts(NamedTuple):
     def of(cls, at: Layout, tiles: Tiling, batches: int, device: int) -> "Parts":
         """Share them so that the device is filled."""
         per_batch = at.samples * tiles.position_tiles // batches
-        splits = split(batches * tiles.channel_tiles, per_batch, device)
+        splits = split(batches * tiles.channel_tiles, per_batch, at.channels_last, device)
         per_split = triton.cdiv(per_batch, splits)
         splits = triton.cdiv(per_batch, per_split)
         return cls(batches * splits, splits, per_split, per_batch)
@@ -121,18 +124,21 @@ class Gathering(NamedTuple):
     gates: int
     groups: int  # at a time
     at_once: int
+    rows: int  # of partial results at a time, channels-last
+    totals: int  # numbers, behind the partial results, for what those of channels are joined to
 
     @classmethod
     def of(cls, at: Layout, tiles: Tiling, batches: int, group_size: int) -> "Gathering":
         width = tiles.block_inner if at.channels_last else tiles.block_outer
         together = min(tiles.channel_tiles, math.lcm(width, group_size) // width)
-        groups = 8 if at.channels_last else width
+        groups = GROUPS if at.channels_last else width
         gates = batches * triton.cdiv(tiles.channel_tiles, together)
-        return cls(together, gates, groups, min(256, AT_ONCE // groups))
+        rows, totals = (IN_ROWS // width, 2 * batches * at.channels) if at.channels_last else (0, 0)
+        return cls(together, gates, groups, min(256, AT_ONCE // groups), rows, totals)
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"GROUPS": self.groups, "AT_ONCE": self.at_once}
+        return {"GROUPS": self.groups, "AT_ONCE": self.at_once, "ROWS": self.rows}
 
 
 @triton.jit
@@ -141,14 +147,14 @@ def _gathered(
 ):  # fmt: skip
     """Count this program in; return the first group of its gate and the last but one, none unless it is the last.
 
-    What the others stored before is seen after. The gate is left open; teams leave its sign bit in either state.
+    What the others stored before is seen after. The gate is left open.
     """
     tl.debug_barrier()
     first = channel_tile // together * together
     programs = splits * tl.minimum(together, channel_tiles - first)
     gate_ptr += batch * ((channel_tiles + together - 1) // together) + channel_tile // together
     before = tl.atomic_add(gate_ptr, 1, sem="acq_rel", scope="gpu")
-    is_last = (before & 2147483647) == programs - 1
+    is_last = before == programs - 1
     if is_last:
         tl.store(gate_ptr, 0)
     tl.debug_barrier()
@@ -161,9 +167,13 @@ def _gathered(
 
 
 @triton.jit
-def _counted(unit, tiles, positions, block):
-    """Return how many positions the tiles before that one have; the last of every sample may be cut short."""
-    return unit // tiles * positions + tl.minimum(unit % tiles * block, positions)
+def _counted(unit, tiles, positions, block, CHANNELS_LAST: tl.constexpr):
+    """Return how many positions the tiles of a batch before that one have; the last of a sample may be cut short."""
+    if CHANNELS_LAST:  # a batch is one sample, or has all as one
+        count = tl.minimum(unit * block, positions)
+    else:
+        count = unit // tiles * positions + tl.minimum(unit % tiles * block, positions)
+    return count
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps"])
@@ -171,7 +181,7 @@ def _partial_statistics(
     x_ptr, parts_ptr, mean_ptr, rstd_ptr, m2_ptr, gate_ptr,
     outer, units, channels, group_size, channel_tiles, tiles, splits, per_split, per_batch, step, together, eps,
     CENTRED: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    GROUPS: tl.constexpr, AT_ONCE: tl.constexpr,
+    GROUPS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred sum of squares per channel over a run of tiles: sums shifted by the mean of the first tile.
 
@@ -199,17 +209,33 @@ def _partial_statistics(
         s1 += d
         s2 += d * d
     s1, s2 = over_positions(s1, CHANNELS_LAST), over_positions(s2, CHANNELS_LAST)
-    many = (_counted(last, tiles, positions, block) - _counted(first, tiles, positions, block)).to(tl.float32)
+    many = _counted(last - batch * per_batch, tiles, positions, block, CHANNELS_LAST)
+    many -= _counted(first - batch * per_batch, tiles, positions, block, CHANNELS_LAST)
+    many = many.to(tl.float32)
     c = channels_of(channel, CHANNELS_LAST, BO, BI)
     at = part.to(tl.int64) * channels + c
     store(parts_ptr, at, shift + s1 / many, c < channels)
     store(parts_ptr + step, at, tl.maximum(s2 - s1 * s1 / many, 0.0, propagate_nan=tl.PropagateNan.ALL), c < channels)
     begin, end = _gathered(gate_ptr, batch, channel_tile, channel_tiles, together, splits, channels, group_size, width)
+    row = batch.to(tl.int64) * splits
+    if CHANNELS_LAST:
+        totals_ptr, apart, row_of_totals = parts_ptr + 2 * step, step // splits, batch.to(tl.int64)
+        for one in range(begin * group_size, end * group_size, BI):
+            of = one + tl.arange(0, BI)[:, None]
+            valid = of < end * group_size
+            mean, m2, _ = _joined(
+                parts_ptr, step, row, of, valid, channels, 1, splits, per_split, per_batch, tiles, positions, block,
+                True, ROWS,
+            )  # fmt: skip
+            store(totals_ptr, row_of_totals * channels + of, mean, valid)
+            store(totals_ptr + apart, row_of_totals * channels + of, m2, valid)
+        tl.debug_barrier()  # what a thread reads below others have stored
+        parts_ptr, step, row, splits, per_split = totals_ptr, apart, row_of_totals, 1, per_batch
     for one in range(begin, end, GROUPS):
         group = one + tl.arange(0, GROUPS)[:, None]
         mean, m2, count_of_group = _joined(
-            parts_ptr, step, batch.to(tl.int64), group, group < end, channels, group_size, splits, per_split,
-            per_batch, tiles, positions, block, AT_ONCE,
+            parts_ptr, step, row, group, group < end, channels, group_size, splits, per_split, per_batch, tiles,
+            positions, block, CHANNELS_LAST, AT_ONCE,
         )  # fmt: skip
         s = batch * (channels // group_size) + group
         store(mean_ptr, s, mean, group < end)
@@ -219,44 +245,45 @@ def _partial_statistics(
 
 
 @triton.jit
-def _part(j, rows, size, per_split, per_batch, tiles, positions, block):
+def _part(j, rows, size, per_split, per_batch, tiles, positions, block, CHANNELS_LAST: tl.constexpr):
     """Return where the j-th partial result of a group stands, and for how many values of a channel."""
     part = j // size
-    n = _counted(tl.minimum((part + 1) * per_split, per_batch), tiles, positions, block)
-    n -= _counted(part * per_split, tiles, positions, block)
+    n = _counted(tl.minimum((part + 1) * per_split, per_batch), tiles, positions, block, CHANNELS_LAST)
+    n -= _counted(part * per_split, tiles, positions, block, CHANNELS_LAST)
     return part * rows + j % size, n.to(tl.float32)
 
 
 @triton.jit
 def _joined(
-    parts_ptr, step, batch, group, mask, rows, size, splits, per_split, per_batch, tiles, positions, block,
-    AT_ONCE: tl.constexpr,
+    parts_ptr, step, row, group, mask, rows, size, splits, per_split, per_batch, tiles, positions, block,
+    CHANNELS_LAST: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Join the partial statistics of groups (R, 1) by Chan's formula: mean, sum of squares and count.
 
-    Each has ``splits`` times ``size`` of them, in ``rows`` columns.
+    Each has ``splits`` times ``size`` of them, in as many rows from ``row`` on, of ``rows`` columns each.
     """
-    base = parts_ptr + batch * splits * rows + group * size
+    base = parts_ptr + row * rows + group * size
     shift = tl.load(base, mask=mask, other=0.0, cache_modifier=".cg")
-    total = tl.zeros_like(shift)
-    many = (_counted(per_batch, tiles, positions, block) * size).to(tl.float32)
+    total = tl.zeros((group.shape[0], AT_ONCE), tl.float32)
+    many = (_counted(per_batch, tiles, positions, block, CHANNELS_LAST) * size).to(tl.float32)
     length = splits * size
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
-        at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block)
+        at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block, CHANNELS_LAST)
         found = mask & (j < length)
         mean = tl.load(base + at, mask=found, other=0.0, cache_modifier=".cg")
-        total += tl.sum(tl.where(found, n * (mean - shift), 0.0), 1, keep_dims=True)
-    whole = total / many
-    m2 = tl.zeros_like(shift)
+        total += tl.where(found, n * (mean - shift), 0.0)
+    whole = tl.sum(total, 1, keep_dims=True) / many
+    m2 = tl.zeros((group.shape[0], AT_ONCE), tl.float32)
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
-        at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block)
+        at, n = _part(j, rows, size, per_split, per_batch, tiles, positions, block, CHANNELS_LAST)
         found = mask & (j < length)
-        d = tl.load(base + at, mask=found, other=0.0, cache_modifier=".cg") - shift - whole
+        mean = tl.load(base + at, mask=found, other=0.0, cache_modifier=".cg")
         inside = tl.load(base + step + at, mask=found, other=0.0, cache_modifier=".cg")
-        m2 += tl.sum(tl.where(found, inside + n * d * d, 0.0), 1, keep_dims=True)
-    return shift + whole, m2, many
+        d = mean - shift - whole
+        m2 += tl.where(found, inside + n * d * d, 0.0)
+    return shift + whole, tl.sum(m2, 1, keep_dims=True), many
 
 
 @triton.jit
@@ -293,7 +320,7 @@ class Statistics(NamedTuple):
 
     @property
     def workspace(self) -> int:
-        return 2 * self.parts.number * self.at.channels
+        return 2 * self.parts.number * self.at.channels + self.gathering.totals
 
     def step(self, eps: float, centred: bool = True) -> Step:
         """Plan them: (x, parts, mean, rstd, m2, gates), of which the results may be None."""
@@ -371,6 +398,7 @@ def _channel_sums(
     values, slope,
     GRADS: tl.constexpr, SUMS: tl.constexpr, CENTRED: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, GROUPS: tl.constexpr, AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums per channel over a run of tiles, which lies in one sample if statistics belong to samples."""
     inner = units * VEC
@@ -414,15 +442,27 @@ def _channel_sums(
         begin, end = _gathered(
             gate_ptr, batch, channel_tile, channel_tiles, together, splits, channels, group_size, width
         )
+        row = batch.to(tl.int64) * splits
+        if CHANNELS_LAST:
+            totals_ptr, apart, row_of_totals = parts_ptr + SUMS * step, step // splits, batch.to(tl.int64)
+            for one in range(begin * group_size, end * group_size, BI):
+                of = one + tl.arange(0, BI)[:, None]
+                valid = of < end * group_size
+                a, b = _added(parts_ptr, None, step, row, of, valid, channels, 1, splits, CENTRED, ROWS)
+                store(totals_ptr, row_of_totals * channels + of, a, valid)
+                store(totals_ptr + apart, row_of_totals * channels + of, b, valid)
+            tl.debug_barrier()  # what a thread reads below others have stored
+            parts_ptr, step, row, splits = totals_ptr, apart, row_of_totals, 1
         for one in range(begin, end, GROUPS):
             group = one + tl.arange(0, GROUPS)[:, None]
             of = batch * per_sample + group
-            t1, t2 = _group_terms(
-                parts_ptr, weight_ptr, batch.to(tl.int64), group, group < end, load(rstd_ptr, of, group < end, 0.0),
-                channels, group_size, splits, step, values, CENTRED, AT_ONCE,
-            )  # fmt: skip
-            store(t1_ptr, of, t1, group < end)
-            store(t2_ptr, of, t2, group < end)
+            scale = load(rstd_ptr, of, group < end, 0.0)
+            a, b = _added(
+                parts_ptr, weight_ptr, step, row, group, group < end, channels, group_size, splits, CENTRED, AT_ONCE
+            )
+            # t1 = rstd * mean(w * s0), if the norm is centred, and t2 = rstd² * mean(w * s1)
+            store(t1_ptr, of, scale * (a / values), group < end)
+            store(t2_ptr, of, scale * scale * (b / values), group < end)
 
 
 def sums_step(formula: Formula, given: Pass, parts: Parts, act: str | None) -> Step:
@@ -440,27 +480,24 @@ def sums_step(formula: Formula, given: Pass, parts: Parts, act: str | None) -> S
 
 
 @triton.jit
-def _group_terms(
-    parts_ptr, weight_ptr, batch, group, mask, rstd, channels, group_size, splits, step, values,
-    CENTRED: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Return t1 = rstd * mean(w * s0), if the norm is centred, and t2 = rstd² * mean(w * s1) of groups (R, 1)."""
-    a = tl.zeros_like(rstd)
-    b = tl.zeros_like(rstd)
-    length = splits * group_size
+def _added(
+    parts_ptr, weight_ptr, step, row, group, mask, rows, size, splits, CENTRED: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Add up w * s0 (0 unless the norm is centred) and w * s1 of the parts of groups (R, 1), as ``_joined`` does."""
+    base = parts_ptr + row * rows + group * size
+    a = tl.zeros((group.shape[0], AT_ONCE), tl.float32)
+    b = tl.zeros((group.shape[0], AT_ONCE), tl.float32)
+    length = splits * size
     for start in range(0, length, AT_ONCE):
         j = start + tl.arange(0, AT_ONCE)[None, :]
         found = mask & (j < length)
-        c = group * group_size + j % group_size
-        at = (batch * splits + j // group_size) * channels + c
-        w = load(weight_ptr, c, found, 1.0)
-        if CENTRED:
-            s0 = tl.load(parts_ptr + at, mask=found, other=0.0, cache_modifier=".cg")
-            a += tl.sum(tl.where(found, w * s0, 0.0), 1, keep_dims=True)
-        s1 = tl.load(parts_ptr + step + at, mask=found, other=0.0, cache_modifier=".cg")
-        b += tl.sum(tl.where(found, w * s1, 0.0), 1, keep_dims=True)
-    t1 = rstd * (a / values) if CENTRED else a
-    return t1, rstd * rstd * (b / values)
+        at = j // size * rows + j % size
+        s1 = tl.load(base + step + at, mask=found, other=0.0, cache_modifier=".cg")
+        s0 = tl.load(base + at, mask=found, other=0.0, cache_modifier=".cg") if CENTRED else tl.zeros_like(s1)
+        w = load(weight_ptr, group * size + j % size, found, 1.0)
+        a += tl.where(found, w * s0, 0.0)
+        b += tl.where(found, w * s1, 0.0)
+    return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from torch import Tensor
 from normplug.kernels._launch import Layout
 
 __all__ = [
-    "PER_CHANNEL", "SIZES", "Channels", "Formula", "channels_of", "load", "load_at", "over_all", "over_positions",
-    "store", "tile", "tile_constants",
+    "PER_CHANNEL", "SIZES", "Channels", "Formula", "channels_of", "load", "load_at", "over_positions", "store",
+    "tile", "tile_constants",
 ]  # fmt: skip
 
 # Arguments of kernels that change from batch to batch. Triton would compile a kernel for each that is 1 or a multiple
@@ -24,7 +24,7 @@ __all__ = [
 SIZES = [
     "outer", "units", "group_units", "channels", "group_size", "per_sample", "channel_tiles", "tiles", "runs",
     "per_run", "splits", "per_split", "per_batch", "together", "step", "values", "parts", "adders", "samples",
-    "positions", "members", "teams",
+    "positions",
 ]  # fmt: skip
 # Arguments that are loaded once per channel: they may start anywhere, as views into an optimizer's flat buffer do.
 PER_CHANNEL = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "v_ptr", "u_ptr"]
@@ -114,11 +114,6 @@ def over_positions(t, CHANNELS_LAST: tl.constexpr):
     """Sum a tile over its positions, the first axis or the last, and keep the axes."""
     s = tl.sum(t, 0, keep_dims=True) if CHANNELS_LAST else tl.sum(t, -1, keep_dims=True)
     return s
-
-
-@triton.jit
-def over_all(t):
-    return tl.sum(t)
 
 
 @triton.jit
