@@ -23,7 +23,8 @@ TOOLKITS = [
 ]
 MMSEG = ["mmsegmentation==1.2.2", "ftfy", "regex"]  # it imports the last two and does not say so
 MMPRETRAIN = ["mmpretrain==1.2.0"]
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "timm"]  # timm: a second oracle of its layers and checkpoints
+TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+TEST += ["timm"]  # a second oracle of its layers and checkpoints
 TEST += ["onnx", "onnxruntime", "onnxscript", "fvcore"]  # what runs or counts what is exported
 TEST += ["expecttest"]  # for torch's own samples of its modules
 TEST += [*MMSEG, *MMPRETRAIN]
