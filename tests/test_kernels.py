@@ -250,6 +250,19 @@ def test_same_bits_whoever_comes_last(norm, channels_last, monkeypatch):
     monkeypatch.setattr(builder, "set_grid_idx", moved)
     for a, b in zip(NORMS[norm][0](*data, None, 2), want, strict=True):
         assert a is b is None or torch.equal(a, b)
+    assert not any(gates.any() for gates in _launch._gates.values()), "a gate is not left open"
+
+
+@pytest.mark.parametrize(("channels_last", "groups"), [(True, 32), (True, 5), (True, 1), (False, 32), (False, 160)])
+def test_a_gate_is_that_of_whole_groups(channels_last, groups):
+    """Also where groups of 32 channels lie across tiles of 64, and where one has more than a tile."""
+    at = _launch.Layout.of(torch.Size((2, 160, 40, 56)), channels_last)
+    tiles, size = _launch.tiling(at), 160 // groups
+    gathering = _passes.Gathering.of(at, tiles, 2, size)
+    width = tiles.block_inner if channels_last else tiles.block_outer
+    covered = gathering.together * width
+    assert covered % size == 0 or covered >= 160
+    assert gathering.gates == 2 * -(-tiles.channel_tiles // gathering.together)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ if [ ! -e "$env/complete" ]; then
     "$python" -m venv "$env"
     # Triton 3.6's interpreter makes Python scalars of arrays of one value, which numpy 2.4 refuses.
     printf '%s\n' torch==2.11.0 torchvision==0.26.0 triton==3.6.0 'numpy<2.4' >"$env/constraints.txt"
-    "$env/bin/python" -m pip install --quiet -c "$env/constraints.txt" -e ".[openmmlab,dev]" pytest-xdist liger-kernel >&2
+    "$env/bin/python" -m pip install --quiet -c "$env/constraints.txt" -e ".[openmmlab,dev]" liger-kernel >&2
     touch "$env/complete"
 fi
 echo "$("$env/bin/python" -V), $("$env/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|torchvision|triton|numpy) ' |
